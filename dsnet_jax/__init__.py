@@ -1,0 +1,3 @@
+"""DSNet, Context Guided Dynamic Sampling for semantic segmentation, in JAX and Flax."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,34 @@
+"""From features to classes."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dsnet_jax.models.layers import Conv, ConvNormRelu
+from dsnet_jax.ops import Extent
+from dsnet_jax.ops.precision import at_least_float32
+
+
+class Classifier(nn.Module):
+    """3x3 convolution, batch normalisation, ReLU, dropout, and a 1x1 convolution to classes.
+
+    Attributes:
+      num_classes: K.
+      width: channels between the convolutions.
+      dropout: share of values dropped in training.
+    """
+
+    num_classes: int
+    width: int = 256
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, extent: Extent | None = None, *, train: bool) -> jax.Array:
+        """[B, H, W, C] -> float32 logits [B, H, W, K]."""
+        x = ConvNormRelu(self.width, 3, dtype=self.dtype, name="conv")(x, extent, train=train)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Conv(self.num_classes, use_bias=True, dtype=self.dtype, name="logits")(x, extent)
+        return at_least_float32(x)

@@ -1,0 +1,143 @@
+"""The layers that every network here is made of, aware of padding.
+
+Each takes an optional `extent`, as described in docs/architecture.md, "Padding changes nothing": who reads cells beyond
+its own position (a convolution larger than 1x1, pooling, a mean) masks its input; nobody masks its output.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dsnet_jax.ops import Extent, resize_bilinear
+from dsnet_jax.ops.precision import at_least_float32
+
+# He et al. 2015, by the number of outputs, as torchvision starts its ResNets.
+KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+@flax.struct.dataclass
+class SegmentationOutput:
+    """What a segmentation network returns.
+
+    Attributes:
+      logits: [B, h, w, K], at the network's own stride; float32.
+      auxiliary_logits: [B, h', w', K] of deep supervision, float32; None outside training or without it.
+      offsets: [B, h, w, k*k, 2], (dy, dx) in pixels of the sampled map, float32; None for networks that do not sample.
+    """
+
+    logits: jax.Array
+    auxiliary_logits: jax.Array | None = None
+    offsets: jax.Array | None = None
+
+
+class Conv(nn.Module):
+    """Convolution with explicit symmetric padding: the output has ceil(size / stride) cells.
+
+    XLA's SAME would pad strided convolutions by other amounts on even and odd sizes, and so misalign them. A 1x1
+    convolution is computed as a matrix product: several times faster on CPU, the same elsewhere.
+    """
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = KERNEL_INIT
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, extent: Extent | None = None) -> jax.Array:
+        """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features], in `dtype`."""
+        size = self.kernel_size
+        kernel = self.param("kernel", self.kernel_init, (size, size, x.shape[-1], self.features), jnp.float32)
+        kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
+        if size == 1:
+            x = jnp.einsum("bhwc,cd->bhwd", x[:, :: self.stride, :: self.stride], kernel[0, 0])
+        else:
+            if extent is not None:
+                x = extent.zero_outside(x)
+            padding = (size // 2 * self.dilation,) * 2
+            x = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=(padding, padding),
+                rhs_dilation=(self.dilation, self.dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        if self.use_bias:
+            x = x + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return x
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch sets it: momentum 0.9 (its 0.1), epsilon 1e-5.
+
+    Under `jax.jit` the mean over a batch that is sharded over devices is the mean over the global batch: statistics are
+    cross-device without naming an axis. The variance is the mean of squared differences: Flax's default, the difference
+    of two means, cancels in float32 when the mean is large.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B, H, W, C] -> the same shape, in `dtype`; statistics and parameters are float32."""
+        norm = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            use_fast_variance=False,
+            dtype=self.dtype,
+        )
+        nn.share_scope(self, norm)
+        return norm(x)
+
+
+class ConvNormRelu(nn.Module):
+    """Convolution, batch normalisation, ReLU."""
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, extent: Extent | None = None, *, train: bool) -> jax.Array:
+        """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features], in `dtype`."""
+        conv = Conv(self.features, self.kernel_size, self.stride, self.dilation, dtype=self.dtype, name="conv")
+        return nn.relu(BatchNorm(dtype=self.dtype, name="norm")(conv(x, extent), train=train))
+
+
+def max_pool(x: jax.Array, extent: Extent | None = None) -> jax.Array:
+    """3x3 maximum with stride 2 of a map that is not negative, [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C].
+
+    Zero stands for minus infinity outside the valid part, which is right only after a ReLU. Flax's padding "SAME" would
+    pad bottom and right alone where the size is even.
+    """
+    if extent is not None:
+        x = extent.zero_outside(x)
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+
+def global_mean(x: jax.Array, extent: Extent | None = None) -> jax.Array:
+    """Mean over the valid cells, [B, H, W, C] -> [B, 1, 1, C], summed in float32, returned in the type of `x`."""
+    precise = at_least_float32(x)
+    if extent is None:
+        mean = jnp.mean(precise, axis=(1, 2), keepdims=True)
+    else:
+        cells = jnp.prod(extent.valid_hw(x.shape[1:3]), axis=-1)[:, None, None, None]
+        mean = jnp.sum(extent.zero_outside(precise), axis=(1, 2), keepdims=True) / cells
+    return mean.astype(x.dtype)
+
+
+def resize_map(x: jax.Array, shape_hw: tuple[int, int], extent: Extent | None = None) -> jax.Array:
+    """A feature map at the grid of another one of the same images, bilinear, in the type of `x`."""
+    if x.shape[1:3] == tuple(shape_hw):
+        return x
+    valid = (None, None) if extent is None else (extent.valid_hw(x.shape[1:3]), extent.valid_hw(shape_hw))
+    return resize_bilinear(x, shape_hw, *valid).astype(x.dtype)

@@ -1,0 +1,7 @@
+"""Pure functions of arrays: no Flax, no parameters, no config."""
+
+from dsnet_jax.ops.dynamic_sampling import bilinear_sample, dynamic_sampling_conv
+from dsnet_jax.ops.extent import Extent
+from dsnet_jax.ops.resize import resize_bilinear
+
+__all__ = ["Extent", "bilinear_sample", "dynamic_sampling_conv", "resize_bilinear"]
