@@ -1,0 +1,147 @@
+"""Every field of an experiment: its default, unit and meaning, once.
+
+An experiment is a file in `configs/` whose `get_config` starts from `default_config()` and changes what differs. The
+result is locked: a misspelt field anywhere, in a file or on the command line, is an error.
+"""
+
+import json
+import re
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dsnet_jax.errors import InputError
+
+
+def default_config() -> ConfigDict:
+    """The whole experiment with its defaults: DSNet-R50 by the paper's protocol for PASCAL VOC 2012."""
+    config = ConfigDict()
+    config.seed = 0  # Of initialisation, augmentation, record order and dropout.
+
+    config.data = data = ConfigDict()
+    data.name = "shapes"  # A data set made by `dsnet prepare`: shapes, camvid, or the --name given to `folder`.
+    data.root = "datasets"  # The folder given to `dsnet prepare --root`.
+    data.train_split = "train"
+    data.eval_split = "val"
+    data.image_scale = 1.0  # Working resolution: images are resized by this factor before everything else, in training,
+    #                         evaluation and prediction. Scores are still taken at the labels' own size.
+    data.crop_size_hw = (512, 512)  # Training crop, pixels.
+    data.scale_range = (0.5, 2.0)  # Random scale: a factor on the image, drawn uniformly.
+    data.flip_probability = 0.5  # Of a horizontal flip.
+    data.batch_size = 32  # Images a step, over all devices and processes.
+    data.worker_count = 0  # Processes that decode and augment; 0: threads of the training process.
+    data.read_threads = 4  # Threads that read and decode, per process; order does not depend on them.
+
+    config.model = model = ConfigDict()
+    model.name = "dsnet"  # dsnet, or fcn: the plain head it is compared with.
+    model.backbone = "resnet50"  # resnet18, resnet34, resnet50, resnet101, resnet152.
+    model.stem = "v1"  # v1: torchvision's 7x7; v1c, v1s: three 3x3, 32-32-64 and 64-64-128 wide.
+    model.output_stride = 16  # Input pixels per cell of the last stage: 8, 16 or 32.
+    model.multi_grid = ()  # Factors on the dilation of the last stage's blocks, for instance (1, 2, 4); empty: off.
+    model.width = 256  # Channels of ASPP, of the CGDS module and of the classifier.
+    model.atrous_rates = (6, 12, 18)  # ASPP's, at output stride 16; scaled to other output strides.
+    model.low_level_stage = 3  # X(i) that is sampled: 3, 4 or 5 (Table 1).
+    model.guide = "aspp"  # What predicts the points: aspp or stage5 (Table 1).
+    model.modification_kernel = 1  # Side of the feature modification's convolution.
+    model.sampling_kernel = 3  # k: k*k points are sampled at each position.
+    model.dropout = 0.1  # Before the classifier, training only.
+    model.deep_supervision = True  # An FCN head on stage4, training only.
+    model.deep_supervision_weight = 0.4  # Of its loss.
+    model.dtype = "float32"  # Of computation: bfloat16 on accelerators. Parameters, statistics and loss stay float32.
+
+    config.optimizer = optimizer = ConfigDict()  # SGD with momentum, poly schedule to zero.
+    optimizer.base_lr = 0.01
+    optimizer.poly_power = 0.9  # lr = base_lr * (1 - step / steps) ** poly_power
+    optimizer.momentum = 0.9
+    optimizer.weight_decay = 1e-4
+    optimizer.decay_norm_and_bias = True  # False leaves batch norm's parameters and biases out of weight decay.
+    optimizer.backbone_lr_multiplier = 0.1  # The paper's text says 1 here ...
+    optimizer.head_lr_multiplier = 1.0  # ... and 0.1 here; see docs/architecture.md, "Where we deviate".
+    optimizer.offset_lr_multiplier = 1.0  # On top of head_lr_multiplier, for the convolution that predicts offsets.
+
+    config.training = training = ConfigDict()
+    training.epochs = 80
+    training.log_every_steps = 50
+    training.checkpoint_every_steps = 500
+    training.evaluate_every_epochs = 10  # And after the last.
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.batch_size = 8  # Images of one canvas a step, per process.
+    evaluation.overlays = 8  # Pictures written for looking at: image, truth, prediction.
+    return config.lock()
+
+
+def load_config(arguments: list[str]) -> ConfigDict:
+    """Reads `--config=configs/x.py` and overrides such as `--config.optimizer.base_lr=0.02`.
+
+    Raises:
+      InputError: no such file, an unknown field (the message names the nearest) or a wrong value; exit code 2.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["dsnet", *arguments])
+    try:
+        rest = values(["dsnet", *arguments])[1:]
+        if rest:
+            raise InputError(f"{rest[0]!r} is not a flag: fields are set as --config.field=value", exit_code=2)
+        if values.config is None:
+            raise InputError("--config is missing: give one of the files in configs/", exit_code=2)
+        return values.config.lock()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"config: {_one_line(error)}", exit_code=2) from error
+    except OSError as error:
+        file = next(a for a in arguments if a.startswith("--config")).removeprefix("--config=")
+        raise InputError(f"config: {file} cannot be read: give one of the files in configs/", exit_code=2) from error
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as indented JSON, fields sorted."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote.
+
+    Raises:
+      InputError: a field is unknown to this version, or has another type.
+    """
+    config = default_config()
+    try:
+        config.update(_with_tuples(json.loads(text)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"config: {_one_line(error)}", exit_code=2) from error
+    return config
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """One line for each field that differs: `model.width: 256 -> 128`."""
+    old_fields, new_fields = _flat(old.to_dict()), _flat(new.to_dict())
+    return [
+        f"{name}: {old_fields[name]} -> {new_fields[name]}"
+        for name in old_fields
+        if old_fields[name] != new_fields[name]
+    ]
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by dotted name."""
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(field) for name, field in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_line(error: Exception) -> str:
+    """What is wrong and the nearest known name, without the list of all fields that ml_collections prints."""
+    nearest = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+    if nearest:
+        return f"unknown field {nearest[2]!r}, did you mean {nearest[1]!r}?"
+    unknown = re.search(r'Key \\*"(\w+)\\*" does not exist|^["\']*(\w+)["\']*$', str(error))
+    return f"unknown field {unknown[1] or unknown[2]!r}" if unknown else " ".join(str(error).split())

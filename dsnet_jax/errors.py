@@ -1,0 +1,13 @@
+"""The one exception that a user may cause."""
+
+
+class InputError(Exception):
+    """What the user gave cannot be used: a file, a config, a flag, a checkpoint.
+
+    The message is one line (a list of file names may follow, one to a line): what was found, where, and what to do.
+    The command line prints it without a traceback and exits with `exit_code`.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
