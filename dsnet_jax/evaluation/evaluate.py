@@ -1,0 +1,131 @@
+"""Scores a network on a split, during training or from the folder of a run."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from dsnet_jax import parallel
+from dsnet_jax.data.builders import Split, open_split
+from dsnet_jax.data.pipeline import Example, evaluation_examples
+from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation import pictures, reports
+from dsnet_jax.evaluation.inference import Segmenter
+from dsnet_jax.evaluation.trained import load_trained
+from dsnet_jax.progress import track
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation counted.
+
+    Attributes:
+      matrix: confusion matrix of the whole split, int64 [K, K], rows are the truth.
+      images: how many were scored: the split's number.
+      padding_images: how many were computed only to fill batches.
+      padded_share: pixels that were computed over pixels that the images have, at least 1.
+      shown: examples spread evenly over the split, each with its predicted labels, uint8 [H, W].
+    """
+
+    matrix: np.ndarray
+    images: int
+    padding_images: int
+    padded_share: float
+    shown: list[tuple[Example, np.ndarray]]
+
+
+def evaluate(model: nn.Module, variables: Any, split: Split, config: ConfigDict, show: int = 0) -> Evaluation:
+    """Predicts every image of a split at single scale and counts its labelled pixels in one confusion matrix.
+
+    Every process takes its share of the images; the counts are the same in all of them, and `shown` has each its own.
+
+    Args:
+      model: a segmentation network.
+      variables: its params and batch_stats.
+      split: a split with labels.
+      config: of the experiment: data.image_scale, data.read_threads, evaluation.batch_size.
+      show: how many examples to keep for looking at.
+
+    Raises:
+      InputError: the split has no labels, or other classes than the network.
+      RuntimeError: the number of images scored is not the split's.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    segmenter = Segmenter(model, variables, parallel.local_mesh())
+    wanted = set(np.linspace(0, len(split) - 1, min(show, len(split)), dtype=int).tolist())
+    images, padding, computed, true = 0, 0, 0, 0
+    matrix = np.zeros((split.spec.num_classes,) * 2, np.int64)
+    shown = []
+    examples = evaluation_examples(split, config.data.image_scale, process, processes, config.data.read_threads)
+    examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(range(process, len(split), processes)))
+    for batch, labels, counts in segmenter.run(examples, config.evaluation.batch_size):
+        if counts is None:
+            raise InputError(
+                f"split {split.name!r} of {split.spec.name} has no labels to score: choose another --split"
+            )
+        matrix += np.asarray(counts, np.int64)
+        images += len(batch.examples)
+        padding += batch.padding
+        computed += batch.images[..., 0].size
+        true += sum(example.image[..., 0].size for example in batch.examples)
+        if any(example.index in wanted for example in batch.examples):
+            shown += [(example, part) for example, part in batch.cropped(labels) if example.index in wanted]
+    sums = parallel.sum_over_processes(np.array([images, padding, computed, true], np.int64))
+    images, padding, computed, true = sums.tolist()
+    if images != len(split):
+        raise RuntimeError(f"{images} images were scored, split {split.name} of {split.spec.name} has {len(split)}")
+    shown.sort(key=lambda pair: pair[0].index)
+    return Evaluation(parallel.sum_over_processes(matrix), images, padding, computed / true, shown)
+
+
+def evaluate_run(
+    workdir: epath.PathLike, step: int | str | None = None, split: str | None = None, root: str | None = None
+) -> None:
+    """Scores the network of a run, prints a table and writes `evaluation/<split>/` in its workdir.
+
+    Written are results.json, table.md, confusion_matrix.csv and .png, and overlays/.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; "best"; None: the last.
+      split: of the data set; None: `config.data.eval_split`.
+      root: where prepared data sets lie; None: `config.data.root`.
+
+    Raises:
+      InputError: the run, its checkpoint or the split cannot be used.
+    """
+    trained = load_trained(workdir, step)
+    config = trained.config
+    data = open_split(root or config.data.root, config.data.name, split or config.data.eval_split)
+    if data.spec.class_names != trained.spec.class_names:
+        raise InputError(
+            f"{workdir} was trained on {trained.spec.num_classes} classes, {data.spec.name} has now "
+            f"{data.spec.num_classes}, or others: prepare the data set as it was"
+        )
+    found = evaluate(trained.model, trained.variables, data, config, config.evaluation.overlays)
+    if not parallel.is_main_process():
+        return
+    results = reports.summarise(
+        found.matrix,
+        data.spec,
+        split=data.name,
+        images=found.images,
+        padding=found.padding_images,
+        checkpoint_step=trained.step,
+        config=config.to_dict(),
+    )
+    folder = epath.Path(workdir) / "evaluation" / data.name
+    reports.write_results(folder, results, found.matrix)
+    pictures.write_confusion_matrix(folder / "confusion_matrix.png", found.matrix, data.spec)
+    (folder / "overlays").mkdir(exist_ok=True)
+    for example, prediction in found.shown:
+        row = pictures.comparison(example.image, example.label, prediction, data.spec)
+        pictures.write_picture(folder / "overlays" / f"{example.id.replace('/', '_')}.png", row)
+    Console().print(reports.console_table(results))
+    print(f"pixels computed over pixels of the images: {found.padded_share:.3f}")
+    print(f"written to {folder}: results.json, table.md, confusion_matrix.csv, confusion_matrix.png, overlays/")

@@ -1,0 +1,105 @@
+"""Labels images that are in no data set: `dsnet predict`."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from etils import epath
+
+from dsnet_jax import parallel
+from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, decode_image
+from dsnet_jax.data.pipeline import Example
+from dsnet_jax.data.transforms import resize_image
+from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation.inference import Segmenter
+from dsnet_jax.evaluation.pictures import overlay, write_labels, write_picture
+from dsnet_jax.evaluation.trained import load_trained
+from dsnet_jax.progress import track
+
+
+def predict_files(
+    workdir: epath.PathLike, step: int | str | None, inputs: Sequence[str], output: epath.PathLike
+) -> int:
+    """Labels image files and writes two pictures for each: `<name>.png` and `<name>_overlay.png`.
+
+    The first is a palette PNG of the image's size whose index is the class; the second shows the classes' colours over
+    the image. Images are computed one by one, at their own size times `config.data.image_scale`. What cannot be read is
+    named and counted, and the rest goes on.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; "best"; None: the last.
+      inputs: image files, and folders, of which files with the ending of an image are taken, not deeper ones.
+      output: folder for the pictures; made if it is not there.
+
+    Returns:
+      How many files could not be labelled.
+
+    Raises:
+      InputError: the run cannot be used, there is no image, or two would be written to one place.
+    """
+    files, others = _image_files(inputs)
+    output = epath.Path(output)
+    names = _output_names(files)
+    trained = load_trained(workdir, step)
+    output.mkdir(parents=True, exist_ok=True)
+    failed = []
+
+    def readable(files: Sequence[Path]) -> Iterator[Example]:
+        for index, file in enumerate(track(files, "labelling images")):
+            try:
+                image = decode_image(file.read_bytes(), str(file))
+            except (InputError, OSError) as error:
+                failed.append(file)
+                print(f"dsnet: {error}", file=sys.stderr)
+                continue
+            scaled = resize_image(image, trained.config.data.image_scale)
+            yield Example(index, str(file), scaled, None, image.shape[:2])
+
+    segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh())
+    for batch, labels, _ in segmenter.run(readable(files), batch_size=1):
+        for example, prediction in batch.cropped(labels):
+            file = files[example.index]
+            write_labels(output / f"{names[file]}.png", prediction, trained.spec.palette)
+            picture = overlay(decode_image(file.read_bytes(), str(file)), prediction, trained.spec)
+            write_picture(output / f"{names[file]}_overlay.png", picture)
+    print(
+        f"{len(files) - len(failed)} images labelled into {output}, {len(failed)} could not be read, "
+        f"{others} files in the folders are not images"
+    )
+    return len(failed)
+
+
+def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int]:
+    """The images among the inputs, each once, and how many files of the folders are none."""
+    files, others = [], 0
+    for given in map(Path, inputs):
+        if given.is_dir():
+            inside = sorted(path for path in given.iterdir() if path.is_file())
+            images = [path for path in inside if path.suffix.lower() in IMAGE_EXTENSIONS]
+            others += len(inside) - len(images)
+            files += images
+        else:
+            files.append(given)
+    if not files:
+        raise InputError(f"{', '.join(inputs)}: no image found ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+    return list(dict.fromkeys(files)), others
+
+
+def _output_names(files: Sequence[Path]) -> dict[Path, str]:
+    """The name of each file's pictures: its own without the ending, or with it where that would be somebody else's.
+
+    Raises:
+      InputError: two files have the same name, in different folders.
+    """
+    stems = [file.stem for file in files]
+    names = {file: file.stem if stems.count(file.stem) == 1 else file.name for file in files}
+    taken = {}
+    for file, name in names.items():
+        for written in (name, f"{name}_overlay"):
+            if written in taken:
+                raise InputError(
+                    f"{taken[written]} and {file} would both be written to {written}.png: label them apart"
+                )
+            taken[written] = file
+    return names

@@ -1,0 +1,162 @@
+"""An evaluation's results as files and as a table: one dictionary, written and rendered.
+
+`results.json` holds everything, `confusion_matrix.csv` what it was computed from, `table.md` what people look at.
+"""
+
+import csv
+import io
+import json
+import os
+
+import numpy as np
+from etils import epath
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from dsnet_jax.data.specs import DatasetSpec
+from dsnet_jax.evaluation.metrics import score
+
+SUMMARY = {
+    "miou": "mIoU",
+    "mean_accuracy": "mean accuracy",
+    "pixel_accuracy": "pixel accuracy",
+    "frequency_weighted_iou": "frequency-weighted IoU",
+}
+
+
+def summarise(
+    matrix: np.ndarray,
+    spec: DatasetSpec,
+    *,
+    split: str,
+    images: int,
+    padding: int,
+    checkpoint_step: int,
+    config: dict,
+    protocol: str = "ss",
+) -> dict:
+    """Everything that an evaluation says, ready for JSON. Scores are fractions, 0 .. 1, and None where there is none.
+
+    Args:
+      matrix: int64 [K, K], pixels; rows are the truth, columns the predictions.
+      spec: names the K classes.
+      split: that was scored.
+      images: how many were scored.
+      padding: how many images were computed to fill batches, and not counted.
+      checkpoint_step: of the weights.
+      config: tells this experiment from others; kept as it is.
+      protocol: ss (single scale), flip, or ms_flip (several scales and flips).
+
+    Raises:
+      InputError: no valid pixel was scored.
+    """
+    scores = score(matrix)
+    truth, predicted = matrix.sum(axis=1), matrix.sum(axis=0)
+    return {
+        "dataset": spec.name,
+        "split": split,
+        "protocol": protocol,
+        "checkpoint_step": checkpoint_step,
+        "images": images,
+        "padding_images": padding,
+        "pixels": scores.pixels,
+        **{key: getattr(scores, key) for key in SUMMARY},
+        "classes_averaged": spec.num_classes - len(scores.absent),
+        "absent_classes": [spec.class_names[index] for index in scores.absent],
+        "classes": [
+            {
+                "name": name,
+                "iou": scores.iou[index],
+                "accuracy": scores.accuracy[index],
+                "true_pixels": int(truth[index]),
+                "predicted_pixels": int(predicted[index]),
+            }
+            for index, name in enumerate(spec.class_names)
+        ],
+        "config": config,
+    }
+
+
+def write_results(folder: str | os.PathLike, results: dict, matrix: np.ndarray) -> None:
+    """Writes results.json, confusion_matrix.csv and table.md; a reader sees each of them whole, old or new.
+
+    Args:
+      folder: made if it is not there; may be gs://.
+      results: from `summarise`.
+      matrix: that they come from.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [row["name"] for row in results["classes"]]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["true class", *names])
+    writer.writerows([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
+    _write(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    _write(folder / "confusion_matrix.csv", table.getvalue())
+    _write(folder / "table.md", markdown_table(results))
+
+
+def _write(path: epath.Path, text: str) -> None:
+    """Under another name first: a file that is being written, or was when the process died, is never read."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def markdown_table(results: dict) -> str:
+    """What `summarise` gave, as a page of Markdown with a table of classes."""
+    lines = [f"# {_title(results)}", "", _origin(results), "", "| | % |", "|---|---:|"]
+    lines += [f"| {label} | {_percent(results[key])} |" for key, label in SUMMARY.items()]
+    lines += ["", "| class | IoU % | accuracy % | share of true pixels % |", "|---|---:|---:|---:|"]
+    lines += ["| " + " | ".join(field.replace("|", "\\|") for field in row) + " |" for row in _rows(results)]
+    return "\n".join([*lines, "", _absent(results)]) + "\n"
+
+
+def console_table(results: dict) -> Group:
+    """The same for the terminal: print it with a `rich.console.Console`."""
+    table = Table(title=Text(_title(results)))  # Text: names in square brackets are not markup.
+    table.add_column("class")
+    for heading in ("IoU %", "accuracy %", "true pixels %"):
+        table.add_column(heading, justify="right")
+    for row in _rows(results):
+        table.add_row(*map(Text, row))
+    table.add_section()
+    table.add_row("mean", _percent(results["miou"]), _percent(results["mean_accuracy"]), style="bold")
+    # Class accuracies weighted by frequency are the pixel accuracy.
+    table.add_row("by frequency", _percent(results["frequency_weighted_iou"]), _percent(results["pixel_accuracy"]))
+    return Group(table, Text(_origin(results)), Text(_absent(results)))
+
+
+def _title(results: dict) -> str:
+    return f"{results['dataset']} {results['split']}: {_percent(results['miou'])} % mIoU ({results['protocol']})"
+
+
+def _origin(results: dict) -> str:
+    return (
+        f"{results['images']:,} images, {results['pixels']:,} valid pixels, weights of step "
+        f"{results['checkpoint_step']:,}. Images that only filled batches, not counted: {results['padding_images']:,}."
+    )
+
+
+def _absent(results: dict) -> str:
+    counted, absent = results["classes_averaged"], results["absent_classes"]
+    if not absent:
+        return f"The mIoU is the mean of all {counted} classes."
+    return (
+        f"The mIoU is the mean of {counted} of {counted + len(absent)} classes: neither true nor predicted anywhere "
+        f"are {', '.join(absent)}."
+    )
+
+
+def _rows(results: dict) -> list[tuple[str, ...]]:
+    pixels = results["pixels"]
+    return [
+        (row["name"], _percent(row["iou"]), _percent(row["accuracy"]), _percent(row["true_pixels"] / pixels))
+        for row in results["classes"]
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"

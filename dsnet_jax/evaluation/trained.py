@@ -1,0 +1,64 @@
+"""A trained network, from the folder of its run."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from dsnet_jax import parallel
+from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.data.specs import DatasetSpec
+from dsnet_jax.errors import InputError
+from dsnet_jax.experiment import build_model, open_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What evaluation and prediction need of a run.
+
+    Attributes:
+      config: of the experiment.
+      spec: the classes that it was trained on.
+      model: the network.
+      variables: its params and batch_stats.
+      step: of the checkpoint.
+    """
+
+    config: ConfigDict
+    spec: DatasetSpec
+    model: nn.Module
+    variables: Any
+    step: int
+
+
+def load_trained(workdir: epath.PathLike, step: int | str | None = None) -> Trained:
+    """Reads the weights of a run.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; "best": the one with the highest mIoU among those kept; None: the last.
+
+    Raises:
+      InputError: there is no such run or checkpoint.
+    """
+    config, spec = open_workdir(workdir)
+    model = build_model(config.model, spec.num_classes)
+    checkpoints = Checkpoints(workdir)
+    if step == "best":
+        step = checkpoints.best_step()
+        if step is None:
+            raise InputError(f"{checkpoints.folder}: no checkpoint was evaluated: leave --step out to take the last")
+    images = jnp.zeros((1, 64, 64, 3))
+    like = jax.eval_shape(
+        lambda: model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, images, train=True)
+    )
+    sharding = parallel.replicated(parallel.local_mesh())
+    like = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), like)
+    trees, _ = checkpoints.restore({"variables": like}, step)
+    step = checkpoints.steps()[-1] if step is None else step
+    checkpoints.close()
+    return Trained(config, spec, model, trees["variables"], step)

@@ -1,0 +1,112 @@
+"""Results as files and as a table."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dsnet_jax.data.specs import DatasetSpec
+from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation import reports
+from dsnet_jax.evaluation.reports import console_table, markdown_table, summarise, write_results
+
+SPEC = DatasetSpec("rooms", ("wall|door", "cha[i]r", "[b]lamp"), ((0, 0, 0), (200, 0, 0), (0, 200, 0)))
+MATRIX = np.array([[60, 10, 0], [5, 25, 0], [0, 0, 0]], np.int64)
+
+
+def results_of(matrix=MATRIX, images=7):
+    return summarise(
+        matrix,
+        SPEC,
+        split="val",
+        images=images,
+        padding=1,
+        checkpoint_step=1200,
+        config={"seed": 3, "model": {"backbone": "resnet50"}},
+    )
+
+
+def test_results_json_holds_every_figure_and_where_it_comes_from(tmp_path):
+    write_results(tmp_path / "new" / "evaluation", results_of(), MATRIX)
+    results = json.loads((tmp_path / "new" / "evaluation" / "results.json").read_text())
+    assert results["miou"] == pytest.approx((60 / 75 + 25 / 40) / 2)
+    assert results["mean_accuracy"] == pytest.approx((60 / 70 + 25 / 30) / 2)
+    assert results["pixel_accuracy"] == pytest.approx(0.85)
+    assert results["frequency_weighted_iou"] == pytest.approx(0.7 * 60 / 75 + 0.3 * 25 / 40)
+    assert (results["dataset"], results["split"], results["protocol"]) == ("rooms", "val", "ss")
+    assert (results["images"], results["padding_images"], results["pixels"]) == (7, 1, 100)
+    assert (results["checkpoint_step"], results["config"]) == (1200, {"seed": 3, "model": {"backbone": "resnet50"}})
+    assert results["absent_classes"] == ["[b]lamp"] and results["classes_averaged"] == 2
+    chair, lamp = results["classes"][1:]
+    assert chair == {
+        "name": "cha[i]r",
+        "iou": 25 / 40,
+        "accuracy": 25 / 30,
+        "true_pixels": 30,
+        "predicted_pixels": 35,
+    }
+    assert lamp == {"name": "[b]lamp", "iou": None, "accuracy": None, "true_pixels": 0, "predicted_pixels": 0}
+
+
+def test_the_matrix_can_be_read_back_with_its_class_names(tmp_path):
+    write_results(tmp_path, results_of(), MATRIX)
+    with (tmp_path / "confusion_matrix.csv").open(newline="") as file:
+        heading, *rows = csv.reader(file)
+    assert heading == ["true class", *SPEC.class_names] and [row[0] for row in rows] == list(SPEC.class_names)
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows], np.int64), MATRIX)
+
+
+def test_a_write_that_dies_leaves_the_results_before_it_whole(tmp_path, monkeypatch):
+    write_results(tmp_path, results_of(), MATRIX)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    class FullDisk(type(reports.epath.Path(tmp_path))):
+        def write_text(self, text):
+            super().write_text(text[:20])
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(reports.epath, "Path", FullDisk)
+    with pytest.raises(OSError, match="no space"):
+        write_results(tmp_path, results_of(MATRIX * 2), MATRIX * 2)
+    monkeypatch.undo()
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+    write_results(tmp_path, results_of(MATRIX * 2), MATRIX * 2)
+    assert (
+        {path.name for path in tmp_path.iterdir()}
+        == before.keys()
+        == {
+            "results.json",
+            "confusion_matrix.csv",
+            "table.md",
+        }
+    )
+
+
+def test_an_evaluation_without_valid_pixels_is_refused():
+    with pytest.raises(InputError, match="no valid pixel"):
+        results_of(MATRIX * 0)
+
+
+def test_the_markdown_table_has_a_row_for_each_class_and_names_the_absent_ones():
+    page = markdown_table(results_of())
+    assert "# rooms val: 71.25 % mIoU (ss)" in page
+    assert "| wall\\|door | 80.00 | 85.71 | 70.00 |" in page and "| [b]lamp | – | – | 0.00 |" in page
+    assert "mean of 2 of 3 classes" in page and "are [b]lamp." in page
+    assert "| pixel accuracy | 85.00 |" in page and "7 images, 100 valid pixels, weights of step 1,200" in page
+
+
+def test_the_mean_of_all_classes_is_said_to_be_one():
+    assert "mean of all 3 classes" in markdown_table(results_of(np.eye(3, dtype=np.int64)))
+
+
+def test_the_console_table_shows_scores_and_names_as_they_are():
+    console = Console(width=100, file=(output := io.StringIO()))
+    console.print(console_table(results_of()))
+    text = output.getvalue()
+    assert "rooms val: 71.25 % mIoU (ss)" in text and "cha[i]r" in text and "62.50" in text
+    assert "not counted: 1." in text and "are [b]lamp" in text
+    mean, by_frequency = (next(line for line in text.splitlines() if name in line) for name in ("mean  ", "by freq"))
+    assert "71.25" in mean and "84.52" in mean and "74.75" in by_frequency and "85.00" in by_frequency
