@@ -1,0 +1,232 @@
+"""The data sets as TFDS builders, without TensorFlow, and how their records are read.
+
+A record holds the image file as it was found and the labels as an 8-bit grey PNG: 0 to K - 1, or 255. A builder for
+another data set says where its pairs are and, if its masks are not such labels already, what makes labels of them.
+"""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dsnet_jax.data.decoding import MAX_PIXELS, decode_mask
+from dsnet_jax.data.records import VERSION
+from dsnet_jax.data.shapes import draw_scene
+from dsnet_jax.data.specs import CAMVID, IGNORE_LABEL, SHAPES, DatasetSpec, read_class_list
+from dsnet_jax.data.validation import CheckedSplit, FoundSplit, Pair, check_splits, content_digest, find_pairs
+from dsnet_jax.errors import InputError
+from dsnet_jax.progress import track
+
+RECORDS_PER_FILE = 256
+UNLABELLED_SPLIT = "test"  # The only one that may lack masks.
+
+SHAPES_SEED = 0
+SHAPES_SIZE_HW = (192, 192)
+SHAPES_SPLITS = {"train": range(400), "val": range(400, 500)}  # Numbers of scenes.
+
+
+class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Checks the pairs of images and masks of a source and writes them as records.
+
+    Records are written as they come, in the order of the pairs. (TFDS's GeneratorBasedBuilder would gather each split
+    in memory, and call TensorFlow when it is larger than 1000 MiB.)
+
+    Args:
+      source: the folder that holds the data; None where they are drawn.
+      data_dir: TFDS's folder: `<name>/<VERSION>` is made inside.
+      problems_file: where a long list of problems is written.
+      skip_bad: leave out what has a problem; otherwise any problem is an error.
+      max_pixels: the largest image that is accepted.
+
+    Attributes:
+      spec: classes and colours.
+      label_of_value: label of every value that a mask file may hold, uint8 [256].
+      labels_of_colours: label of every colour that an RGB mask may hold; None: there are no RGB masks.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+    spec: DatasetSpec
+    label_of_value = np.arange(256, dtype=np.uint8)
+    labels_of_colours = None
+
+    def __init__(
+        self,
+        source: Path | None,
+        data_dir: Path,
+        problems_file: Path,
+        skip_bad: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.source, self.problems_file = source, problems_file
+        self.skip_bad, self.max_pixels = skip_bad, max_pixels
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def find_splits(self) -> dict[str, FoundSplit]:
+        """What the source holds, by split name; raises InputError if it is not laid out as it should be."""
+        raise NotImplementedError
+
+    def read_image(self, pair: Pair) -> bytes:
+        """The content of the image file."""
+        return _read(pair.image)
+
+    def read_labels(self, pair: Pair) -> np.ndarray | None:
+        """Labels, uint8 [H, W], or None where the pair has no mask."""
+        if pair.mask is None:
+            return None
+        return self.label_of_value[decode_mask(_read(pair.mask), pair.mask, self.labels_of_colours, self.max_pixels)]
+
+    @functools.cached_property
+    def checked_splits(self) -> dict[str, CheckedSplit]:
+        """The pairs that will be written, by split name; raises InputError as `validation.check_splits` does."""
+        return check_splits(
+            self.find_splits(),
+            self.read_image,
+            self.read_labels,
+            self.spec.num_classes,
+            self.problems_file,
+            self.skip_bad,
+            self.max_pixels,
+        )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(),
+            "label": tfds.features.Image(shape=(None, None, 1), doc="empty in a split without labels"),
+            "height": np.int32,
+            "width": np.int32,
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(spec=self.spec.to_json(), splits={}),
+        )
+
+    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[Callable[[], Iterator]]]:
+        shards = {}
+        for split, checked in self.checked_splits.items():
+            self.info.metadata["splits"][split] = {
+                "fingerprint": checked.fingerprint,
+                "sizes_hw": checked.sizes_hw.tolist(),
+                "left_out": checked.left_out,
+            }
+            records = self._records(split, checked)  # The shards are written one after the other.
+            next_shard = functools.partial(itertools.islice, records, RECORDS_PER_FILE)
+            shards[split] = [next_shard] * math.ceil(len(checked.pairs) / RECORDS_PER_FILE)
+        return shards
+
+    def _records(self, split: str, checked: CheckedSplit) -> Iterator[tuple[int, dict]]:
+        for index, pair in enumerate(track(checked.pairs, f"writing {split}")):
+            image, labels = self.read_image(pair), self.read_labels(pair)
+            if content_digest(pair.id, image, labels) != checked.digests[index]:
+                raise InputError(f"{pair.image}: it or its mask changed while being prepared: prepare again")
+            height, width = checked.sizes_hw[index]
+            label = b"" if labels is None else _encode_png(labels)
+            yield index, {"id": pair.id, "image": image, "label": label, "height": height, "width": width}
+
+
+class Shapes(SegmentationBuilder, skip_registration=True):
+    """Drawn indoor scenes: tables, chairs, plants and lamps."""
+
+    spec = SHAPES
+
+    def __init__(self, *args, **kwargs):
+        self._draw = functools.cache(self._draw)  # Once for checking and for writing.
+        super().__init__(*args, **kwargs)
+
+    def find_splits(self) -> dict[str, FoundSplit]:
+        """The scenes' numbers are the ids."""
+        pairs = {
+            split: [Pair(f"{number:05}", f"scene {number}", f"labels of scene {number}") for number in numbers]
+            for split, numbers in SHAPES_SPLITS.items()
+        }
+        return {split: FoundSplit(split_pairs, [], []) for split, split_pairs in pairs.items()}
+
+    def read_image(self, pair: Pair) -> bytes:
+        """The scene as PNG."""
+        return self._draw(int(pair.id))[0]
+
+    def read_labels(self, pair: Pair) -> np.ndarray:
+        """The scene's labels, uint8 [H, W]."""
+        return self._draw(int(pair.id))[1]
+
+    def _draw(self, number: int) -> tuple[bytes, np.ndarray]:
+        image, labels = draw_scene(number, SHAPES_SEED, SHAPES_SIZE_HW)
+        return _encode_png(image[..., ::-1]), labels
+
+
+class Camvid(SegmentationBuilder, skip_registration=True):
+    """CamVid as in the SegNet tutorial: train/ trainannot/ val/ valannot/ test/ testannot/, 11 classes, 11 = void."""
+
+    spec = CAMVID
+    label_of_value = np.arange(256, dtype=np.uint8)
+    label_of_value[11] = IGNORE_LABEL
+
+    def find_splits(self) -> dict[str, FoundSplit]:
+        """Those of train, val and test that are present."""
+        present = [split for split in ("train", "val", "test") if (self.source / split).is_dir()]
+        if not present:
+            raise InputError(
+                f"{self.source}: there is no train/ or val/: give the folder of SegNet's CamVid that has them"
+            )
+        return {split: _find(split, self.source / split, self.source / f"{split}annot") for split in present}
+
+
+class Folder(SegmentationBuilder, skip_registration=True):
+    """Anybody's data: images/<split>/ and masks/<split>/ with files of the same names, and a class list beside them.
+
+    The class list is `classes.txt` or `classes.json`, see `specs.read_class_list`.
+    """
+
+    def __init__(self, name: str, source: Path, *args, **kwargs):
+        lists = [path for path in (source / "classes.txt", source / "classes.json") if path.exists()]
+        if len(lists) != 1:
+            raise InputError(f"{source}: wants one class list, classes.txt or classes.json, and has {len(lists)}")
+        class_list = read_class_list(lists[0], name)
+        self.name, self.spec, self.labels_of_colours = name, class_list.spec, class_list.labels_of_colours
+        self.label_of_value = np.arange(256, dtype=np.uint8)
+        self.label_of_value[list(class_list.ignore_values)] = IGNORE_LABEL
+        super().__init__(source, *args, **kwargs)
+
+    def find_splits(self) -> dict[str, FoundSplit]:
+        """A split for every folder in images/."""
+        images, masks = _folders(self.source / "images"), _folders(self.source / "masks")
+        if not images:
+            raise InputError(
+                f"{self.source}: there is no images/<split>/: put the images into images/train/, images/val/"
+            )
+        if extra := sorted(set(masks) - set(images)):
+            raise InputError(f"{self.source}: masks/{extra[0]}/ has no images/{extra[0]}/: name both alike")
+        if strange := [name for name in images if not re.fullmatch(r"[A-Za-z]\w*", name) or name == "all"]:
+            raise InputError(f"{images[strange[0]]}: not a name for a split: take letters, digits and _, and not `all`")
+        return {split: _find(split, images[split], self.source / "masks" / split) for split in images}
+
+
+def _find(split: str, image_folder: Path, mask_folder: Path) -> FoundSplit:
+    if mask_folder.is_dir():
+        return find_pairs(image_folder, mask_folder)
+    if split == UNLABELLED_SPLIT:
+        return find_pairs(image_folder, None)
+    raise InputError(f"{mask_folder}: there is no such folder: only the split {UNLABELLED_SPLIT} may lack masks")
+
+
+def _folders(parent: Path) -> dict[str, Path]:
+    return {path.name: path for path in sorted(parent.glob("[!.]*")) if path.is_dir()}
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _encode_png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()

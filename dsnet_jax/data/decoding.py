@@ -1,0 +1,199 @@
+"""From the bytes of an image or mask file to pixels: the one decoder of training, evaluation and prediction.
+
+What is done with what is not plain 8-bit RGB:
+
+  grey, palette      images become RGB
+  alpha              dropped: the stored colours count, also where they are transparent
+  CMYK               converted by the plain formula; colour profiles are not applied
+  16 bits a channel  images keep the upper 8 bits
+  EXIF orientation   not applied, anywhere: masks are drawn on the pixels as they are stored
+  animation          the first frame
+
+Masks are stricter, see `decode_mask`.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from io import BytesIO
+
+import cv2
+import numpy as np
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from dsnet_jax.data.specs import Colour, hex_colour
+from dsnet_jax.errors import InputError
+
+IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+MAX_PIXELS = 100_000_000  # Of one image: 300 MB when decoded.
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Pillow's own Image.open refuses large images by a limit that belongs to the whole process.
+_HEADERS = {
+    b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
+    _PNG: PngImagePlugin.PngImageFile,
+    b"BM": BmpImagePlugin.BmpImageFile,
+    b"RIFF": WebPImagePlugin.WebPImageFile,
+}
+_ORIENTATION_TAG = 0x0112
+_PNG_KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes a JPEG, PNG, WebP or BMP file.
+
+    Damage is told wherever the format allows it: PNG has checksums, and no format hides a missing end. Pixels damaged
+    in the middle of a JPEG or WebP file may go unnoticed.
+
+    Args:
+      data: the file's content.
+      name: what errors call it.
+      max_pixels: larger images are refused before any pixel is decoded.
+
+    Returns:
+      RGB, uint8 [H, W, 3].
+
+    Raises:
+      InputError: not such a file, damaged, or too large.
+    """
+    _check_file(data, name, max_pixels)
+    return _decode(data, cv2.IMREAD_COLOR_RGB, name)
+
+
+def decode_mask(
+    data: bytes,
+    name: str,
+    labels_of_colours: Mapping[Colour, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decodes a label mask: a PNG file whose values are labels.
+
+    Palette and 8-bit grey masks are read as indices; a palette's colours do not matter. An 8-bit RGB mask is read by
+    `labels_of_colours`, and refused without. Everything else is refused, because a conversion would invent labels.
+
+    Args:
+      data: the file's content.
+      name: what errors call it.
+      labels_of_colours: label of every (red, green, blue) that an RGB mask may hold.
+      max_pixels: larger masks are refused before any pixel is decoded.
+
+    Returns:
+      uint8 [H, W].
+
+    Raises:
+      InputError: another format or mode, damaged, too large, or a colour without label.
+    """
+    _check_file(data, name, max_pixels)
+    if not data.startswith(_PNG):
+        raise InputError(f"{name}: masks must be PNG files, and this is another format: convert it")
+    bits, kind = data[24], _PNG_KINDS.get(data[25])
+    if kind == "grey" and bits == 8:
+        return _decode(data, cv2.IMREAD_GRAYSCALE, name)
+    if kind == "RGB" and bits == 8 and labels_of_colours is not None:
+        return _labels_by_colour(_decode(data, cv2.IMREAD_COLOR_RGB, name), labels_of_colours, name)
+    if kind == "palette":
+        _decode(data, cv2.IMREAD_COLOR_RGB, name)  # Notices missing rows; Pillow takes them for zeros.
+        return np.array(_open_header(data, name))
+    remedy = "store class numbers as 8-bit grey or palette PNG"
+    if kind == "RGB":
+        remedy += ", or give every class its colour in the class list of a `folder` data set"
+    raise InputError(f"{name}: a mask in mode {bits}-bit {kind}: {remedy}")
+
+
+def read_size_hw(data: bytes | os.PathLike, name: str) -> tuple[int, int]:
+    """Height and width in pixels from a file's header, no pixel being decoded.
+
+    Args:
+      data: the file's content or its path.
+      name: what errors call it.
+
+    Raises:
+      InputError: not a JPEG, PNG, WebP or BMP file, or its header is damaged.
+    """
+    with _open_header(data, name) as header:
+        return header.height, header.width
+
+
+def is_rotated(data: bytes, name: str) -> bool:
+    """Whether EXIF asks for a rotation or reflection, which `decode_image` does not apply."""
+    with _open_header(data, name) as header:
+        try:
+            return header.getexif().get(_ORIENTATION_TAG, 1) not in (0, 1)
+        except Exception:  # Whatever Pillow trips over: what cannot be read asks for nothing.
+            return False
+
+
+def _open_header(data: bytes | os.PathLike, name: str) -> Image.Image:
+    try:
+        if isinstance(data, bytes):
+            start, source = data[:8], BytesIO(data)
+        else:
+            with open(data, "rb") as file:
+                start, source = file.read(8), os.fspath(data)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+    reader = next((reader for signature, reader in _HEADERS.items() if start.startswith(signature)), None)
+    if reader is None:
+        found = "not a JPEG, PNG, WebP or BMP file" if start else "an empty file"
+        raise InputError(f"{name}: {found}: replace or remove it")
+    try:
+        return reader(source)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # What Pillow's readers raise.
+        raise InputError(f"{name}: damaged, its header cannot be read ({error}): replace it") from error
+
+
+def _check_file(data: bytes, name: str, max_pixels: int):
+    height, width = read_size_hw(data, name)
+    if height * width > max_pixels:
+        raise InputError(
+            f"{name}: {height} x {width} pixels (height x width) are more than the limit of {max_pixels}: "
+            "make it smaller or raise the limit"
+        )
+    if data.startswith(_PNG):
+        _check_png(data, name)
+
+
+def _check_png(data: bytes, name: str):
+    """Refuses a PNG file with a wrong checksum or without its end: neither decoder looks at both."""
+    position = len(_PNG)
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(memoryview(data)[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            break
+        if kind == b"IEND":
+            return
+        position = end + 4
+    raise InputError(f"{name}: damaged, it is cut short or a checksum is wrong: replace it")
+
+
+def _decode(data: bytes, mode: int, name: str) -> np.ndarray:
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise InputError(f"{name}: damaged, it cannot be decoded: replace it")
+    return pixels
+
+
+def _labels_by_colour(pixels: np.ndarray, labels_of_colours: Mapping[Colour, int], name: str) -> np.ndarray:
+    def number(colours: np.ndarray) -> np.ndarray:
+        return colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
+
+    numbers = number(np.array(list(labels_of_colours), np.uint8))
+    order = np.argsort(numbers)
+    numbers, labels = numbers[order], np.array(list(labels_of_colours.values()), np.uint8)[order]
+    wanted = number(pixels)
+    found = np.searchsorted(numbers, wanted).clip(max=len(numbers) - 1)
+    if (unknown := numbers[found] != wanted).any():
+        colours, counts = np.unique(pixels[unknown], axis=0, return_counts=True)
+        most = np.argmax(counts)
+        raise InputError(
+            f"{name}: {len(colours)} colours are not in the class list, above all {hex_colour(colours[most])} "
+            f"({counts[most]} pixels): add them, or mend the mask"
+        )
+    return labels[found]

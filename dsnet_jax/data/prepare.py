@@ -1,0 +1,170 @@
+"""`dsnet prepare`: a checked data set in one place, complete or not there at all."""
+
+import contextlib
+import fcntl
+import functools
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dsnet_jax.data.builders import Camvid, Folder, SegmentationBuilder, Shapes
+from dsnet_jax.data.decoding import MAX_PIXELS
+from dsnet_jax.data.records import VERSION
+from dsnet_jax.data.specs import IGNORE_LABEL, DatasetSpec
+from dsnet_jax.data.validation import LISTED, CheckedSplit, list_problems
+from dsnet_jax.errors import InputError
+
+DATASETS = ("shapes", "camvid", "folder")
+
+
+def prepare(
+    dataset: str,
+    source: str | None,
+    root: str,
+    *,
+    name: str | None = None,
+    skip_bad: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    overwrite: bool = False,
+):
+    """Checks a data set, writes it to `<root>/<name>`, and prints what it holds.
+
+    It appears under its name when it is complete, and not before. If it is there already and holds just what the
+    source gives, nothing is written.
+
+    Args:
+      dataset: one of `DATASETS`.
+      source: the folder with the data set's files; None for shapes, which are drawn.
+      root: where data sets are kept.
+      name: of a `folder` data set; the others bear their own.
+      skip_bad: leave out images that have a problem, and list them; otherwise any problem is an error.
+      max_pixels: the largest image that is accepted.
+      overwrite: write anew what is there under that name.
+
+    Raises:
+      InputError: the source is not as it should be, or `root` holds something else under that name.
+    """
+    name = _checked_name(dataset, source, name)
+    target = Path(root) / name
+    problems_file = target.with_name(f"{name}-problems.txt")
+    if target.exists() and not (target / VERSION / "dataset_info.json").exists():
+        raise InputError(f"{target}: exists, and is not a data set of this version: move it away, or change --root")
+    with _workspace(target) as workspace:
+        new_builder = {"shapes": Shapes, "camvid": Camvid, "folder": functools.partial(Folder, name)}[dataset]
+        builder = new_builder(source and Path(source), workspace, problems_file, skip_bad, max_pixels)
+        problems_file.unlink(missing_ok=True)  # Of an earlier run.
+        splits = builder.checked_splits
+        if left_out := {split: checked.left_out for split, checked in splits.items() if checked.left_out}:
+            print(f"left out for their problems: {sum(map(len, left_out.values()))}")
+            print("\n".join(list_problems(left_out, problems_file)))
+        if target.exists() and not overwrite:
+            if difference := _difference(tfds.builder_from_directory(target / VERSION), builder):
+                raise InputError(f"{target}: exists and differs: {difference}: add --overwrite to write it anew")
+            print(f"{target} holds just this already: nothing was written")
+        else:
+            _write(builder, target, workspace)
+            print(f"{name} is prepared in {target}")
+    print(describe(builder.spec, splits))
+
+
+def _checked_name(dataset: str, source: str | None, name: str | None) -> str:
+    if dataset not in DATASETS:
+        raise InputError(f"data set {dataset!r} is not known: choose one of {', '.join(DATASETS)}", exit_code=2)
+    if (source is None) != (dataset == "shapes"):
+        wanted = "is drawn and takes no --source" if source else "wants --source, the folder with its files"
+        raise InputError(f"{dataset} {wanted}", exit_code=2)
+    if source is not None and not Path(source).is_dir():
+        found = "a file, not a folder: unpack it first" if Path(source).exists() else "no such folder"
+        raise InputError(f"{source}: {found}")
+    if (name is None) == (dataset == "folder"):
+        wanted = "bears its own name and takes no --name" if name else "wants --name, which configs will call it by"
+        raise InputError(f"{dataset} {wanted}", exit_code=2)
+    if name is not None and (name in DATASETS or not re.fullmatch(r"[a-z][a-z0-9_]*", name)):
+        raise InputError(f"--name={name}: take lower-case letters, digits and _, and no name of ours", exit_code=2)
+    return name or dataset
+
+
+@contextlib.contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for what is not complete yet. One process at a time has it; it is removed at the end."""
+    folder = target.with_name(f".{target.name}.incomplete")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another --root") from error
+    lock = os.open(folder, os.O_RDONLY)  # The system drops the lock of a process that is killed.
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.iterdir():
+            print(f"removing what an interrupted run left in {folder}")
+            shutil.rmtree(left)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+    except BlockingIOError as error:
+        raise InputError(f"{target}: another process is preparing it: wait until it has ended") from error
+    finally:
+        os.close(lock)
+
+
+def _difference(existing: tfds.core.DatasetBuilder, builder: SegmentationBuilder) -> str | None:
+    """The first thing in which a prepared data set differs from what `builder` would write, or None."""
+    metadata = existing.info.metadata
+    if DatasetSpec.from_json(metadata["spec"]) != builder.spec:
+        return "other classes or colours"
+    there, here = metadata["splits"], builder.checked_splits
+    if list(there) != list(here):
+        return f"it has the splits {', '.join(there)}, the source {', '.join(here)}"
+    for split, checked in here.items():
+        if len(there[split]["sizes_hw"]) != len(checked.pairs):
+            return f"{split} has {len(there[split]['sizes_hw'])} images, the source {len(checked.pairs)}"
+        if there[split]["fingerprint"] != checked.fingerprint:
+            return f"images or masks of {split} have changed"
+    return None
+
+
+def _write(builder: SegmentationBuilder, target: Path, workspace: Path):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces sizes that it does not know.
+            builder.download_and_prepare()
+    except (OSError, RuntimeError) as error:  # The writer is C++, and raises RuntimeError when the disk is full.
+        free = shutil.disk_usage(workspace).free / 1e6
+        raise InputError(f"{workspace}: cannot be written, with {free:.0f} MB free: {error}") from error
+    if target.exists():
+        target.rename(workspace / "replaced")
+    (workspace / builder.name).rename(target)
+
+
+def describe(spec: DatasetSpec, splits: dict[str, CheckedSplit]) -> str:
+    """What the splits hold, for people: counts, sizes, and the share of each class in the labelled pixels."""
+    lines = []
+    for split, checked in splits.items():
+        heights, widths = map(_range, checked.sizes_hw.T)
+        lines.append(f"{split}: {len(checked.pairs)} images, {heights} high, {widths} wide")
+        if checked.rotated_count:
+            lines.append(f"  {checked.rotated_count} ask for a rotation by EXIF: pixels are taken as they are stored")
+        if checked.other_files:
+            names = ", ".join(checked.other_files[:LISTED]) + (", ..." if len(checked.other_files) > LISTED else "")
+            lines.append(f"  {len(checked.other_files)} other files were not read: {names}")
+    rows = {"share of pixels": list(splits)}
+    for label, class_name in [*enumerate(spec.class_names), (IGNORE_LABEL, "ignored")]:
+        rows[class_name] = [_share(checked.label_pixels, label) for checked in splits.values()]
+    width = max(map(len, rows))
+    lines += [f"  {name:{width}}" + "".join(f" {cell:>9}" for cell in cells) for name, cells in rows.items()]
+    return "\n".join(lines)
+
+
+def _range(sides: np.ndarray) -> str:
+    low, high = sides.min(), sides.max()
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _share(label_pixels: np.ndarray, label: int) -> str:
+    return f"{label_pixels[label] / label_pixels.sum():.2%}" if label_pixels[label] else "none"

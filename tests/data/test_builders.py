@@ -1,0 +1,252 @@
+import json
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grain
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dsnet_jax.data import builders
+from dsnet_jax.data.builders import Camvid, Folder, Shapes
+from dsnet_jax.data.decoding import decode_image, decode_mask
+from dsnet_jax.data.records import open_split
+from dsnet_jax.data.specs import CAMVID, SHAPES, DatasetSpec
+from dsnet_jax.errors import InputError
+
+SIZES_HW = [(6, 8), (10, 5), (7, 7)]
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def image_of(index):
+    return np.random.default_rng(index).integers(0, 256, (*SIZES_HW[index], 3), np.uint8)
+
+
+def labels_of(index):
+    return np.random.default_rng(index).integers(0, 3, SIZES_HW[index], np.uint8)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A `folder` data set of three images, the first a JPEG, in one split."""
+    source = tmp_path / "source"
+    for index in range(3):
+        options = {"format": "JPEG"} if index == 0 else {}
+        save(source / "images" / "train" / f"{index}.{'jpg' if index == 0 else 'png'}", image_of(index), **options)
+        save(source / "masks" / "train" / f"{index}.png", labels_of(index))
+    (source / "classes.txt").write_text("road #804080\ncar #0000ff\ntree #00ff00\nignore 9\nignore #ffffff\n")
+    return source
+
+
+def build(builder_class, root, *args):
+    builder = builder_class(*args, root, root / "problems.txt")
+    builder.download_and_prepare()
+    return builder
+
+
+def prepared(source, root, split="train"):
+    build(lambda *args: Folder("town", *args), root, source)
+    return open_split(str(root), "town", split)
+
+
+def test_records_hold_the_image_file_as_it_was_and_labels_as_8_bit_grey_png(source, tmp_path):
+    split = prepared(source, tmp_path / "root")
+    assert len(split) == 3
+    assert [record.id for record in split] == ["0", "1", "2"]
+    for index, record in enumerate(split):
+        (path,) = (source / "images" / "train").glob(f"{index}.*")
+        assert record.image == path.read_bytes()
+        assert record.size_hw == SIZES_HW[index] == tuple(split.sizes_hw[index])
+        assert decode_image(record.image, "a").shape[:2] == record.size_hw
+        assert record.label[24:26] == b"\x08\x00", "8 bits, grey"
+        np.testing.assert_array_equal(decode_mask(record.label, "a"), labels_of(index))
+    assert split.sizes_hw.dtype == np.int32
+
+
+def test_the_classes_come_with_the_split(source, tmp_path):
+    split = prepared(source, tmp_path / "root")
+    assert split.spec == DatasetSpec("town", ("road", "car", "tree"), ((128, 64, 128), (0, 0, 255), (0, 255, 0)))
+    assert split.name == "train"
+
+
+def test_ignored_values_and_colours_become_255(source, tmp_path):
+    save(source / "masks" / "train" / "1.png", np.where(labels_of(1) == 2, 9, labels_of(1)).astype(np.uint8))
+    colours = np.array([(128, 64, 128), (0, 0, 255), (255, 255, 255)], np.uint8)
+    save(source / "masks" / "train" / "2.png", colours[labels_of(2)])
+    split = prepared(source, tmp_path / "root")
+    for index in (1, 2):
+        wanted = np.where(labels_of(index) == 2, 255, labels_of(index))
+        np.testing.assert_array_equal(decode_mask(split[index].label, "a"), wanted)
+
+
+def test_the_split_called_test_may_lack_masks_and_no_other_may(source, tmp_path):
+    save(source / "images" / "test" / "a.png", image_of(1))
+    split = prepared(source, tmp_path / "root", "test")
+    assert [record.label for record in split] == [None]
+    (source / "images" / "test").rename(source / "images" / "val")
+    with pytest.raises(InputError, match=r"masks/val: there is no such folder: only the split test may lack masks"):
+        build(lambda *args: Folder("town", *args), tmp_path / "other", source)
+
+
+def test_a_split_is_a_data_source_for_grain(source, tmp_path):
+    split = prepared(source, tmp_path / "root")
+    assert isinstance(split, grain.sources.RandomAccessDataSource)
+    dataset = grain.MapDataset.source(split).map(lambda record: record.id)
+    assert [dataset[i] for i in (2, 0, 1)] == ["2", "0", "1"]
+
+
+def test_a_split_can_be_sent_to_another_process_before_and_after_it_was_read(source, tmp_path):
+    split = prepared(source, tmp_path / "root")
+    unread = pickle.loads(pickle.dumps(split))
+    records = list(split)
+    for copy in unread, pickle.loads(pickle.dumps(split)):
+        assert list(copy) == records
+        assert (copy.spec, copy.fingerprint, copy.name) == (split.spec, split.fingerprint, split.name)
+        np.testing.assert_array_equal(copy.sizes_hw, split.sizes_hw)
+
+
+def test_records_can_be_read_by_many_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "SHAPES_SPLITS", {"train": range(20)})
+    monkeypatch.setattr(builders, "SHAPES_SIZE_HW", (16, 24))
+    monkeypatch.setattr(builders, "RECORDS_PER_FILE", 3)
+    build(Shapes, tmp_path, None)
+    split = open_split(str(tmp_path), "shapes", "train")
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 30))
+    with ThreadPoolExecutor(8) as pool:
+        records = list(pool.map(split.__getitem__, order))
+    assert [int(record.id) for record in records] == order.tolist()
+
+
+@pytest.mark.parametrize("index", [-1, 3, np.int64(3)])
+def test_a_position_outside_the_split_is_an_index_error(source, tmp_path, index):
+    split = prepared(source, tmp_path / "root")
+    with pytest.raises(IndexError, match=f"record {index} of 3"):
+        split[index]
+
+
+def test_a_damaged_record_is_an_error_that_names_it(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "RECORDS_PER_FILE", 1)
+    prepared(source, tmp_path)
+    file = sorted((tmp_path / "town").glob("*/*.array_record-*"))[1]
+    file.write_bytes(file.read_bytes()[:1000])
+    split = open_split(str(tmp_path), "town", "train")
+    assert split[0].id == "0" and split[2].id == "2"
+    with pytest.raises(InputError, match=r"record 1 of town, split train: cannot be read .* prepare it anew"):
+        split[1]
+
+
+def test_sizes_and_fingerprint_are_known_without_reading_records(source, tmp_path):
+    prepared(source, tmp_path)
+    (file,) = (tmp_path / "town").glob("*/*.array_record-*")
+    file.write_bytes(b"")
+    split = open_split(str(tmp_path), "town", "train")
+    assert split.sizes_hw.tolist() == [list(size_hw) for size_hw in SIZES_HW]
+    assert len(split.fingerprint) == 32
+
+
+def test_the_fingerprint_changes_with_the_content_alone(source, tmp_path):
+    first = prepared(source, tmp_path / "first")
+    again = prepared(shutil.copytree(source, tmp_path / "copy"), tmp_path / "again")
+    assert again.fingerprint == first.fingerprint
+    save(source / "masks" / "train" / "1.png", 2 - labels_of(1))
+    assert prepared(source, tmp_path / "second").fingerprint != first.fingerprint
+
+
+def test_a_file_that_changes_while_it_is_prepared_is_noticed(source, tmp_path):
+    builder = Folder("town", source, tmp_path / "root", tmp_path / "problems.txt")
+    assert builder.checked_splits
+    save(source / "masks" / "train" / "1.png", 2 - labels_of(1))
+    with pytest.raises(InputError, match=r"1\.png: it or its mask changed while being prepared"):
+        builder.download_and_prepare()
+
+
+def test_records_keep_the_order_of_their_names_over_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "SHAPES_SPLITS", {"train": range(7), "val": range(7, 9)})
+    monkeypatch.setattr(builders, "SHAPES_SIZE_HW", (16, 24))
+    monkeypatch.setattr(builders, "RECORDS_PER_FILE", 3)
+    build(Shapes, tmp_path, None)
+    assert len(list(tmp_path.glob("shapes/*/shapes-train.array_record-*"))) == 3
+    assert [record.id for record in open_split(str(tmp_path), "shapes", "train")] == [f"{i:05}" for i in range(7)]
+    assert [record.id for record in open_split(str(tmp_path), "shapes", "val")] == ["00007", "00008"]
+
+
+def test_shapes_are_the_drawn_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "SHAPES_SPLITS", {"train": range(3)})
+    build(Shapes, tmp_path, None)
+    split = open_split(str(tmp_path), "shapes", "train")
+    assert split.spec == SHAPES
+    image, labels = builders.draw_scene(2, builders.SHAPES_SEED, builders.SHAPES_SIZE_HW)
+    np.testing.assert_array_equal(decode_image(split[2].image, "a"), image)
+    np.testing.assert_array_equal(decode_mask(split[2].label, "a"), labels)
+
+
+def test_no_scene_is_in_two_splits():
+    numbers = [number for split in builders.SHAPES_SPLITS.values() for number in split]
+    assert len(numbers) == len(set(numbers)) == 500
+
+
+def test_camvid_s_void_becomes_255_and_its_present_splits_are_read(tmp_path):
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for split in "train", "test":
+        save(tmp_path / "source" / split / "0.png", image_of(0)[:3, :4])
+        save(tmp_path / "source" / f"{split}annot" / "0.png", labels)
+    build(Camvid, tmp_path, tmp_path / "source")
+    split = open_split(str(tmp_path), "camvid", "test")
+    assert split.spec == CAMVID
+    np.testing.assert_array_equal(decode_mask(split[0].label, "a").ravel(), [*range(11), 255])
+    with pytest.raises(InputError, match="has no split 'val': choose one of train, test"):
+        open_split(str(tmp_path), "camvid", "val")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda source: (source / "classes.txt").unlink(), "wants one class list, .*, and has 0"),
+        (lambda source: (source / "classes.json").write_text("{}"), "wants one class list, .*, and has 2"),
+        (lambda source: shutil.rmtree(source / "images"), "there is no images/<split>/"),
+        (lambda source: (source / "masks" / "val").mkdir(), r"masks/val/ has no images/val/"),
+        (lambda source: (source / "images" / "all").mkdir(), "images/all: not a name for a split"),
+        (lambda source: (source / "images" / "a-b").mkdir(), "images/a-b: not a name for a split"),
+    ],
+)
+def test_a_folder_laid_out_otherwise_is_refused_with_what_is_missing(source, tmp_path, spoil, message):
+    spoil(source)
+    with pytest.raises(InputError, match=message):
+        build(lambda *args: Folder("town", *args), tmp_path / "root", source)
+
+
+def test_a_camvid_folder_without_its_splits_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"there is no train/ or val/"):
+        build(Camvid, tmp_path / "root", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("shapes", "dsnet prepare shapes --root=ROOT"),
+        ("camvid", "dsnet prepare camvid --source=DIR --root=ROOT"),
+        ("town", "dsnet prepare folder --name=town --source=DIR --root=ROOT"),
+    ],
+)
+def test_a_data_set_that_is_not_prepared_is_an_error_that_tells_how_to_prepare_it(tmp_path, name, command):
+    (tmp_path / name / "1.0.0").mkdir(parents=True)  # Whatever this is, it is no data set.
+    with pytest.raises(InputError) as error:
+        open_split(str(tmp_path), name, "train")
+    assert command.replace("ROOT", str(tmp_path)) in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}: data set '{name}' is not prepared")
+
+
+def test_a_prepared_data_set_is_an_ordinary_tfds_data_set(source, tmp_path):
+    prepared(source, tmp_path)
+    builder = tfds.builder_from_directory(tmp_path / "town" / "1.0.0")
+    example = builder.as_data_source("train")[1]
+    np.testing.assert_array_equal(example["image"], image_of(1))
+    np.testing.assert_array_equal(example["label"][..., 0], labels_of(1))
+    assert json.loads((Path(builder.data_dir) / "metadata.json").read_text())["spec"]["name"] == "town"

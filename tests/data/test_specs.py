@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pytest
+
+from dsnet_jax.data import specs
+from dsnet_jax.data.specs import CAMVID, SHAPES, VOC2012, DatasetSpec, read_class_list
+from dsnet_jax.errors import InputError
+
+
+@pytest.mark.parametrize("spec", [SHAPES, CAMVID, VOC2012])
+def test_a_spec_survives_json(spec):
+    assert DatasetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_the_known_data_sets_have_their_published_classes_and_colours():
+    assert (SHAPES.num_classes, CAMVID.num_classes, VOC2012.num_classes) == (5, 11, 21)
+    assert SHAPES.class_names == ("background", "table", "chair", "plant", "lamp")
+    assert CAMVID.class_names[3] == "road" and CAMVID.palette[3] == (128, 64, 128)
+    assert CAMVID.class_names[10] == "bicyclist" and CAMVID.palette[10] == (0, 128, 192)
+    named = dict(zip(VOC2012.class_names, VOC2012.palette, strict=True))  # From the VOC development kit's colour map.
+    assert named["background"] == (0, 0, 0)
+    assert named["aeroplane"] == (128, 0, 0)
+    assert named["bicycle"] == (0, 128, 0)
+    assert named["cat"] == (64, 0, 0)
+    assert named["person"] == (192, 128, 128)
+    assert named["sheep"] == (128, 64, 0)
+    assert named["tvmonitor"] == (0, 64, 128)
+    assert specs.voc_palette(256)[255] == specs.IGNORE_COLOUR
+
+
+@pytest.mark.parametrize("spec", [SHAPES, CAMVID, VOC2012])
+def test_no_two_classes_look_alike(spec):
+    assert len({*spec.palette, specs.IGNORE_COLOUR}) == spec.num_classes + 1
+
+
+def test_labels_are_drawn_in_their_colours_and_ignored_ones_in_voc_s():
+    colours = SHAPES.colourise(np.array([[0, 4], [255, 2]], np.uint8))
+    assert colours.dtype == np.uint8
+    assert colours.tolist() == [[[*SHAPES.palette[0]], [*SHAPES.palette[4]]], [[224, 224, 192], [*SHAPES.palette[2]]]]
+
+
+def test_drawing_a_label_that_is_no_class_is_an_error():
+    with pytest.raises(ValueError, match=r"labels \[5, 254\] are none of the 5 classes of shapes"):
+        SHAPES.colourise(np.array([[5, 254, 0, 255]], np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("names", "palette", "message"),
+    [
+        ((), (), "0 classes"),
+        (tuple(map(str, range(256))), specs.voc_palette(256), "256 classes"),
+        (("a", "a"), ((0, 0, 0), (1, 1, 1)), "'a' is named more than once"),
+        (("a", "b"), ((0, 0, 0),), "2 classes, but 1 colours"),
+        (("a",), ((0, 0, 256),), "is not a colour"),
+        (("a",), ((0, 0),), "is not a colour"),
+    ],
+)
+def test_a_spec_that_contradicts_itself_is_an_error(names, palette, message):
+    with pytest.raises(ValueError, match=message):
+        DatasetSpec("x", names, palette)
+
+
+def write(tmp_path, text, name="classes.txt"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_a_class_list_has_one_name_a_line(tmp_path):
+    classes = read_class_list(write(tmp_path, "road\n\n  traffic light \ncar\n"), "town")
+    assert classes.spec == DatasetSpec("town", ("road", "traffic light", "car"), specs.voc_palette(3))
+    assert classes.ignore_values == ()
+    assert classes.labels_of_colours is None
+
+
+def test_a_class_list_may_declare_colours_and_what_to_ignore(tmp_path):
+    text = "road #804080\ntraffic light #FAAA1E\nignore #000000\nignore 200\nignore 254"
+    classes = read_class_list(write(tmp_path, text), "town")
+    assert classes.spec == DatasetSpec("town", ("road", "traffic light"), ((128, 64, 128), (250, 170, 30)))
+    assert classes.ignore_values == (200, 254)
+    assert classes.labels_of_colours == {(128, 64, 128): 0, (250, 170, 30): 1, (0, 0, 0): 255}
+
+
+def test_a_class_list_in_json_says_the_same(tmp_path):
+    text = "road #804080\ntraffic light #faaa1e\nignore #000000\nignore 254"
+    content = {"class_names": ["road", "traffic light"], "palette": [[128, 64, 128], [250, 170, 30]]}
+    as_json = write(tmp_path, json.dumps(content | {"ignore": ["#000000", 254]}), "classes.json")
+    assert read_class_list(as_json, "town") == read_class_list(write(tmp_path, text), "town")
+    spec_as_json = write(tmp_path, json.dumps(CAMVID.to_json()), "camvid.json")
+    assert read_class_list(spec_as_json, "camvid").spec == CAMVID
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "0 classes"),
+        ("road\nroad", "'road' is named more than once"),
+        ("road #804080\ncar", "1 of 2 classes have a colour: give one to all or to none"),
+        ("road #80408", "'#80408' is neither a value nor a colour"),
+        ("road #804080\ncar #804080", "#804080 is given twice"),
+        ("road #804080\nignore #804080", "#804080 is given twice"),
+        ("road\ncar\nignore 1", "cannot ignore value 1: it has to be 2 to 255"),
+        ("road\nignore 256", "cannot ignore value 256"),
+    ],
+)
+def test_a_class_list_that_contradicts_itself_is_refused_with_its_name(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        read_class_list(path, "town")
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting"),
+        ("[1]", 'wants {"class_names"'),
+        ('{"classes": []}', 'wants {"class_names"'),
+        ('{"class_names": ["a"], "colours": []}', "not 'colours'"),
+        ('{"class_names": ["a"], "palette": [1]}', "wants lists"),
+        ('{"class_names": ["a"], "palette": [["red", 0, 0]]}', "is not a colour"),
+        ('{"class_names": ["a"], "ignore": 7}', "wants lists"),
+        ('{"class_names": ["a"], "ignore": [[1, 2, 3]]}', "neither a value nor a colour"),
+        ('{"class_names": ["a"], "ignore": [2.5]}', "neither a value nor a colour"),
+    ],
+)
+def test_a_json_class_list_of_another_form_is_refused_with_its_name(tmp_path, text, message):
+    path = write(tmp_path, text, "classes.json")
+    with pytest.raises(InputError) as error:
+        read_class_list(path, "town")
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_a_class_list_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match=r"classes\.txt: "):
+        read_class_list(path, "town")
