@@ -55,8 +55,9 @@ class CGDS(nn.Module):
         modification = ConvNormRelu(self.width, self.modification_kernel, dtype=self.dtype, name="modification")
         modified = modification(low_level, extent, train=train)
         guide = resize_map(high_level, modified.shape[1:3], extent)
-        # Started at zero: the module begins as an ordinary convolution. float32: bfloat16 has steps of 1/4 pixel at 32.
-        predict = Conv(2 * k * k, 3, use_bias=True, kernel_init=nn.initializers.zeros, name="offset")
+        # Started at zero: the module begins as an ordinary convolution. bfloat16 has steps of 1/4 pixel at 32.
+        precise = jnp.promote_types(self.dtype, jnp.float32)
+        predict = Conv(2 * k * k, 3, use_bias=True, kernel_init=nn.initializers.zeros, dtype=precise, name="offset")
         offsets = predict(guide, extent).reshape(*modified.shape[:3], k * k, 2)
         kernel = self.param("kernel", nn.initializers.he_normal(), (k, k, self.width, self.width), jnp.float32)
         source = modified if extent is None else extent.zero_outside(modified)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from dsnet_jax.models.layers import Conv, ConvNormRelu
 from dsnet_jax.ops import Extent
-from dsnet_jax.ops.precision import at_least_float32
 
 
 class Classifier(nn.Module):
@@ -30,5 +29,6 @@ class Classifier(nn.Module):
         """[B, H, W, C] -> float32 logits [B, H, W, K]."""
         x = ConvNormRelu(self.width, 3, dtype=self.dtype, name="conv")(x, extent, train=train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = Conv(self.num_classes, use_bias=True, dtype=self.dtype, name="logits")(x, extent)
-        return at_least_float32(x)
+        # Logits near 20 are 1/8 apart in bfloat16, so that classes would tie.
+        precise = jnp.promote_types(self.dtype, jnp.float32)
+        return Conv(self.num_classes, use_bias=True, dtype=precise, name="logits")(x, extent)

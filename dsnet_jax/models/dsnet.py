@@ -45,7 +45,13 @@ class DSNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, extent: Extent | None = None, *, train: bool) -> SegmentationOutput:
-        """Normalised images [B, H, W, 3] to logits on the grid of the low-level stage."""
+        """Normalised images [B, H, W, 3] to logits on the grid of the low-level stage.
+
+        Raises:
+          ValueError: guide or low_level_stage is none of those above.
+        """
+        if self.guide not in ("aspp", "stage5") or self.low_level_stage not in (3, 4, 5):
+            raise ValueError(f"guide is {self.guide!r}, low_level_stage is {self.low_level_stage}: see their choices")
         features = self.backbone(images, extent, train=train)
         if self.guide == "aspp":
             rates = [max(1, rate * 16 // self.backbone.output_stride) for rate in self.atrous_rates]

@@ -27,7 +27,8 @@ def bilinear_sample(features: jax.Array, points_yx: jax.Array) -> jax.Array:
     points_yx = at_least_float32(points_yx)
     corner_yx = jax.lax.stop_gradient(jnp.floor(points_yx))
     fraction = points_yx - corner_yx
-    flat = features.reshape(features.shape[0], height * width, -1)
+    # Read in float32: the gradient adds up all that was read of a cell, and sums in bfloat16 stop growing at 256.
+    flat = at_least_float32(features).reshape(features.shape[0], height * width, -1)
     total = None
     for dy in (0, 1):
         for dx in (0, 1):
@@ -71,21 +72,23 @@ def dynamic_sampling_conv(
     """
     batch, height, width, channels = features.shape
     size = kernel.shape[0]
-    if size % 2 == 0 or kernel.shape[:3] != (size, size, channels):
+    if size % 2 == 0 or kernel.ndim != 4 or kernel.shape[:3] != (size, size, channels):
         raise ValueError(f"kernel is {kernel.shape}: [k, k, {channels}, D] with k odd is needed")
     if offsets.shape != (batch, height, width, size * size, 2):
         raise ValueError(f"offsets are {offsets.shape}: {(batch, height, width, size * size, 2)} is needed")
     if modulation is not None and modulation.shape != offsets.shape[:-1]:
         raise ValueError(f"modulation is {modulation.shape}: {offsets.shape[:-1]} is needed")
 
+    source = at_least_float32(features)  # Once, outside the loop, so that the taps' gradients add up in float32 too.
     positions = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1)
     grid = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij"), axis=-1) - size // 2
 
     def add_tap(total, tap):
         tap_yx, tap_offsets, tap_kernel, tap_modulation = tap
-        sample = bilinear_sample(features, positions + tap_yx + at_least_float32(tap_offsets))
+        sample = bilinear_sample(source, positions + tap_yx + at_least_float32(tap_offsets))
         if tap_modulation is not None:
-            sample = (sample * tap_modulation[..., None]).astype(features.dtype)
+            sample = sample * tap_modulation[..., None]
+        sample = sample.astype(features.dtype)
         tap_kernel = tap_kernel.astype(features.dtype)
         product = jnp.einsum("bhwc,cd->bhwd", sample, tap_kernel, preferred_element_type=total.dtype)
         return total + product, None

@@ -34,16 +34,16 @@ def resize_bilinear(
             continue
         valid_in = size_in if valid_in_hw is None else valid_in_hw[:, axis]
         valid_out = size_out if valid_out_hw is None else valid_out_hw[:, axis]
-        weights = _weights(size_in, size_out, valid_in, valid_out)
+        weights = _weights(size_in, size_out, valid_in, valid_out, x.dtype)
         batch = "b" if weights.ndim == 3 else ""
         pattern = (f"{batch}oh,bhwc->bowc", f"{batch}ow,bhwc->bhoc")[axis]
         x = jnp.einsum(pattern, weights, x, precision=jax.lax.Precision.HIGHEST)
     return x
 
 
-def _weights(size_in: int, size_out: int, valid_in, valid_out) -> jax.Array:
-    """Share of each input cell in each output cell, float32 [(B,) size_out, size_in]; valid sizes are ints or [B]."""
-    valid_in, valid_out = (jnp.asarray(v, jnp.float32)[..., None] for v in (valid_in, valid_out))
-    centre = (jnp.arange(size_out, dtype=jnp.float32) + 0.5) * (valid_in / valid_out) - 0.5
+def _weights(size_in: int, size_out: int, valid_in, valid_out, dtype) -> jax.Array:
+    """Share of each input cell in each output cell, [(B,) size_out, size_in]; valid sizes are ints or [B]."""
+    valid_in, valid_out = (jnp.asarray(v, dtype)[..., None] for v in (valid_in, valid_out))
+    centre = (jnp.arange(size_out, dtype=dtype) + 0.5) * (valid_in / valid_out) - 0.5
     centre = jnp.clip(centre, 0.0, valid_in - 1.0)[..., None]
-    return jnp.maximum(0.0, 1.0 - jnp.abs(jnp.arange(size_in, dtype=jnp.float32) - centre))
+    return jnp.maximum(0.0, 1.0 - jnp.abs(jnp.arange(size_in, dtype=dtype) - centre))

@@ -1,0 +1,194 @@
+"""What all tests share: eight CPU devices, a compilation cache, networks of random numbers, PyTorch's results."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.config import default_config
+from dsnet_jax.data.prepare import prepare
+from dsnet_jax.data.records import open_split
+from dsnet_jax.experiment import build_model, claim_workdir
+from dsnet_jax.models.layers import ConvNormRelu, max_pool
+from dsnet_jax.models.resnet import RESNETS, BasicBlock
+
+TESTS = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets what must be set before the first computation."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "dsnet_jax" / "tests"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # Where two runs write the same program, or one is killed as it writes, the cache warns and the program is compiled.
+    config.addinivalue_line("filterwarnings", "default:Error (reading|writing) persistent compilation cache")
+    # ml_collections reads config files so.
+    config.addinivalue_line("filterwarnings", "ignore:the load_module.. method is deprecated:DeprecationWarning")
+    flags.FLAGS.mark_as_parsed()  # absl.logging and TFDS read them; no `main` parses them here.
+
+
+@pytest.fixture(scope="session")
+def random_variables() -> Callable[..., dict[str, Any]]:
+    """Called with a module and its inputs, gives float32 variables in which nothing is 0 or 1 as it is at the start.
+
+    Statistics and biases are such that zeros going in do not come out as zeros. Quicker than compiling `init`.
+    """
+
+    def draw(module: nn.Module, *inputs: Any, seed: int = 0, **arguments: Any) -> dict[str, Any]:
+        shapes = jax.eval_shape(partial(module.init, **arguments), jax.random.key(0), *inputs)
+        rng = np.random.default_rng(seed)
+
+        def value(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+            values = rng.standard_normal(leaf.shape, np.float32)
+            if leaf.ndim == 4:
+                return values * (2 / np.prod(leaf.shape[:3])) ** 0.5
+            return 0.3 * values if path[-1].key in ("mean", "bias") else np.exp(0.3 * values)
+
+        return jax.tree_util.tree_map_with_path(value, shapes)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def make_torch_fixtures() -> ModuleType:
+    """scripts/make_torch_fixtures.py."""
+    file = TESTS.parent / "scripts" / "make_torch_fixtures.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session", params=["frozen", "live"])
+def torch_cases(request, make_torch_fixtures) -> Callable[[str, str], dict[str, dict[str, np.ndarray]]]:
+    """Called with the folder and the name of a .npz file, gives its arrays by case and name: PyTorch's results.
+
+    A test that uses it runs twice: on the frozen results, and where PyTorch is installed on fresh ones of another seed.
+    """
+
+    def load(folder: str, name: str) -> dict[str, dict[str, np.ndarray]]:
+        if request.param == "live":
+            pytest.importorskip("torch")
+            arrays = getattr(make_torch_fixtures, name)(seed=1)
+        else:
+            with np.load(TESTS / folder / f"{name}.npz") as file:
+                arrays = dict(file)
+        cases: dict[str, dict[str, np.ndarray]] = {}
+        for key, array in arrays.items():
+            case, name_in_case = key.split("/")
+            cases.setdefault(case, {})[name_in_case] = array
+        return cases
+
+    return load
+
+
+def write_rooms(source: Path) -> None:
+    """A data set of three classes for `dsnet prepare folder`: images of their labels' colours and of noise."""
+    colours = np.array([(200, 60, 60), (60, 200, 60), (60, 60, 200)])
+    sizes_hw = [(40, 56), (33, 64), (20, 30), (64, 61)]  # Canvases of 64x64 and 32x32.
+    for split, count in (("train", 27), ("val", 11), ("test", 2)):
+        rng = np.random.default_rng(count)
+        (source / "images" / split).mkdir(parents=True)
+        if split != "test":  # Which has no masks.
+            (source / "masks" / split).mkdir(parents=True)
+        for index in range(count):
+            height, width = sizes_hw[index % len(sizes_hw)]
+            labels = rng.integers(0, 3, (4, 4), np.uint8).repeat(16, axis=0).repeat(16, axis=1)[:height, :width].copy()
+            image = np.clip(colours[labels] + rng.normal(0, 30, (height, width, 3)), 0, 255).astype(np.uint8)
+            labels[:2] = 255
+            cv2.imwrite(str(source / "images" / split / f"room{index:02}.png"), image[..., ::-1])
+            if split != "test":
+                cv2.imwrite(str(source / "masks" / split / f"room{index:02}.png"), labels)
+    (source / "classes.txt").write_text("wall #c83c3c\nfloor #3cc83c\nlamp #3c3cc8\n")
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory) -> Path:
+    """The folder of a prepared data set `rooms`: 27 images to train on, 11 to score, and 2 in `test` without labels."""
+    folder = tmp_path_factory.mktemp("rooms")
+    write_rooms(folder / "source")
+    prepare("folder", str(folder / "source"), str(folder / "datasets"), name="rooms")
+    return folder / "datasets"
+
+
+class TinyBackbone(nn.Module):
+    """In the place of a ResNet, where its width does not matter: a stem and a block a stage, at the same strides."""
+
+    stem: str = "v1"
+    output_stride: int = 16
+    multi_grid: tuple[int, ...] = ()
+    dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, extent=None, *, train):
+        """[B, H, W, 3] -> features of stages 2 to 5."""
+        features = {}
+        x = max_pool(ConvNormRelu(4, 7, 2, dtype=self.dtype, name="stem")(x, extent, train=train), extent)
+        for stage, width, stride, dilations in (
+            (2, 4, 1, (1, 1)),
+            (3, 6, 2, (1, 1)),
+            (4, 8, 2, (1, 1)),
+            (5, 8, 1, (1, 2)),
+        ):
+            block = BasicBlock(width, stride, dilations, dtype=self.dtype, name=f"stage{stage}_block0")
+            x = features[stage] = block(x, extent, train=train)
+        return features
+
+
+@pytest.fixture(scope="session")
+def small_config_for(rooms) -> Callable[[pytest.MonkeyPatch], ConfigDict]:
+    """Called with what puts things back at the end, gives `small_config`: for fixtures of a wider scope."""
+
+    def make(monkeypatch: pytest.MonkeyPatch) -> ConfigDict:
+        monkeypatch.setitem(RESNETS, "resnet18", TinyBackbone)
+        config = default_config()
+        config.data.update(name="rooms", root=str(rooms), crop_size_hw=(32, 32), batch_size=8, read_threads=2)
+        config.model.update(backbone="resnet18", width=8, deep_supervision=False)
+        config.optimizer.base_lr = 0.1
+        config.training.update(epochs=2, log_every_steps=1, checkpoint_every_steps=2, evaluate_every_epochs=1)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def small_config(small_config_for, monkeypatch) -> ConfigDict:
+    """Six steps of eight crops of 32x32 from `rooms`, for a DSNet whose "resnet18" is a `TinyBackbone`."""
+    return small_config_for(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone() -> type[nn.Module]:
+    """`TinyBackbone`, for tests that build their network themselves."""
+    return TinyBackbone
+
+
+@pytest.fixture
+def random_run(small_config, rooms, random_variables, tmp_path) -> Path:
+    """A workdir as training `small_config` leaves it, with random weights as those of step 7 and mIoU 0.5.
+
+    Of the seed it matters that all three classes are predicted.
+    """
+    spec = open_split(str(rooms), "rooms", "val").spec
+    network = build_model(small_config.model, spec.num_classes)
+    variables = random_variables(network, np.zeros((1, 64, 64, 3), np.float32), train=False, seed=7)
+    claim_workdir(tmp_path / "run", small_config, spec)
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(7, {"variables": jax.device_put(variables)}, {}, miou=0.5)
+    checkpoints.close()
+    return tmp_path / "run"
