@@ -13,7 +13,7 @@ from dsnet_jax.config import default_config
 def get_config():
     config = default_config()
     config.data.name = "shapes"
-    config.data.crop_size_hw = (128, 128)
+    config.data.crop_size_hw = (160, 160)
     config.data.scale_range = (0.75, 1.33)
     config.data.batch_size = 8
     config.model.backbone = "resnet18"
@@ -21,6 +21,7 @@ def get_config():
     config.model.deep_supervision = False
     config.optimizer.base_lr = 0.05
     config.optimizer.backbone_lr_multiplier = 1.0  # Nothing is pretrained.
-    config.training.epochs = 20
-    config.training.evaluate_every_epochs = 10
+    config.optimizer.offset_lr_multiplier = 0.1  # At the full rate the first steps throw the points about.
+    config.training.epochs = 16
+    config.training.evaluate_every_epochs = 4
     return config

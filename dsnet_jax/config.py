@@ -6,6 +6,7 @@ result is locked: a misspelt field anywhere, in a file or on the command line, i
 
 import json
 import re
+from numbers import Real
 from typing import Any
 
 from absl import flags
@@ -72,11 +73,37 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+LIMITS = {  # The least and the largest value of a number, or of each in a tuple. `experiment` checks the model's.
+    "seed": (0, 2**32 - 1),
+    "data.image_scale": (0.01, 100),
+    "data.crop_size_hw": (1, 2**15),
+    "data.scale_range": (0.01, 100),
+    "data.flip_probability": (0, 1),
+    "data.worker_count": (0, 1024),
+    "data.read_threads": (1, 1024),
+    "model.deep_supervision_weight": (0, 1000),
+    "optimizer.base_lr": (0, 1000),
+    "optimizer.poly_power": (0, 1000),
+    "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, 1000),
+    "optimizer.backbone_lr_multiplier": (0, 1000),
+    "optimizer.head_lr_multiplier": (0, 1000),
+    "optimizer.offset_lr_multiplier": (0, 1000),
+    "training.epochs": (1, 10**9),
+    "training.log_every_steps": (1, 10**9),
+    "training.checkpoint_every_steps": (1, 10**9),
+    "training.evaluate_every_epochs": (1, 10**9),
+    "evaluation.batch_size": (1, 10**6),
+    "evaluation.overlays": (0, 10**6),
+}
+
+
 def load_config(arguments: list[str]) -> ConfigDict:
     """Reads `--config=configs/x.py` and overrides such as `--config.optimizer.base_lr=0.02`.
 
     Raises:
-      InputError: no such file, an unknown field (the message names the nearest) or a wrong value; exit code 2.
+      InputError: no such file, a file that fails, an unknown field (the message names the nearest) or a wrong value;
+        exit code 2.
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["dsnet", *arguments])
@@ -86,12 +113,31 @@ def load_config(arguments: list[str]) -> ConfigDict:
             raise InputError(f"{rest[0]!r} is not a flag: fields are set as --config.field=value", exit_code=2)
         if values.config is None:
             raise InputError("--config is missing: give one of the files in configs/", exit_code=2)
-        return values.config.lock()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        config = values.config.lock()
+        _check_values(config)
+        return config
+    except (flags.Error, AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"config: {_one_line(error)}", exit_code=2) from error
     except OSError as error:
-        file = next(a for a in arguments if a.startswith("--config")).removeprefix("--config=")
-        raise InputError(f"config: {file} cannot be read: give one of the files in configs/", exit_code=2) from error
+        reason = str(error).splitlines()[-1].rpartition("failure to load:")[2].strip()
+        raise InputError(f"config: {reason}: give one of the files in configs/", exit_code=2) from error
+
+
+def _check_values(config: ConfigDict) -> None:
+    fields = _flat(config.to_dict())
+    if missing := _flat(default_config().to_dict()).keys() - fields.keys():
+        raise InputError(
+            f"config: field {min(missing)!r} is missing: get_config() has to start from default_config()", exit_code=2
+        )
+    for name, (least, largest) in LIMITS.items():
+        numbers = fields[name] if isinstance(fields[name], tuple) else (fields[name],)
+        if not all(isinstance(number, Real) and least <= number <= largest for number in numbers):
+            raise InputError(f"config.{name} is {fields[name]}: {least} to {largest} is needed", exit_code=2)
+    crop_size_hw, scale_range = fields["data.crop_size_hw"], fields["data.scale_range"]
+    if len(crop_size_hw) != 2 or not all(isinstance(side, int) for side in crop_size_hw):
+        raise InputError(f"config.data.crop_size_hw is {crop_size_hw}: height and width are needed", exit_code=2)
+    if len(scale_range) != 2 or scale_range[0] > scale_range[1]:
+        raise InputError(f"config.data.scale_range is {scale_range}: the least and the largest are needed", exit_code=2)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -99,8 +145,8 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote.
+def from_json(text: str, file: str) -> ConfigDict:
+    """The config that `to_json` wrote; `file` is what errors call it.
 
     Raises:
       InputError: a field is unknown to this version, or has another type.
@@ -109,7 +155,7 @@ def from_json(text: str) -> ConfigDict:
     try:
         config.update(_with_tuples(json.loads(text)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"config: {_one_line(error)}", exit_code=2) from error
+        raise InputError(f"{file}: {_one_line(error)}") from error
     return config
 
 
@@ -139,9 +185,12 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    """What is wrong and the nearest known name, without the list of all fields that ml_collections prints."""
+    """What is wrong and the nearest known name, without the fields and the traceback that ml_collections prints."""
     nearest = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
     if nearest:
         return f"unknown field {nearest[2]!r}, did you mean {nearest[1]!r}?"
     unknown = re.search(r'Key \\*"(\w+)\\*" does not exist|^["\']*(\w+)["\']*$', str(error))
-    return f"unknown field {unknown[1] or unknown[2]!r}" if unknown else " ".join(str(error).split())
+    if unknown:
+        return f"unknown field {unknown[1] or unknown[2]!r}"
+    file, traceback, cause = str(error).partition("Error whilst parsing config file:")
+    return " ".join((file.replace("flag --config=", "") + cause.splitlines()[-1] if traceback else file).split())

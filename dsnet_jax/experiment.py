@@ -96,16 +96,21 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec
     """Writes `config.json` and `dataset.json` into a new workdir, or checks that they are those of an old one.
 
     Raises:
-      InputError: the workdir holds a run of another config; the message lists what differs.
+      InputError: the workdir holds a run of another config, and the message lists what differs; or of other classes.
     """
     workdir = epath.Path(workdir)
     file = workdir / "config.json"
     if file.exists():
-        different = differences(from_json(file.read_text()), config)
+        different = differences(from_json(file.read_text(), str(file)), config)
         if different:
             raise InputError(
                 f"{workdir} holds a run of another config: give another --workdir, or the old config again; "
                 "what differs (old -> new):\n" + "\n".join(different)
+            )
+        if _read_spec(workdir) != spec:
+            raise InputError(
+                f"{workdir} holds a run on other classes or colours than {spec.name} has now: give another --workdir, "
+                "or prepare the old data set again"
             )
         return
     try:
@@ -125,5 +130,9 @@ def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
     workdir = epath.Path(workdir)
     if not (workdir / "config.json").exists():
         raise InputError(f"{workdir} holds no run (config.json is missing): give the --workdir of `dsnet train`")
-    config = from_json((workdir / "config.json").read_text())
-    return config, DatasetSpec.from_json(json.loads((workdir / "dataset.json").read_text()))
+    config = from_json((workdir / "config.json").read_text(), f"{workdir}/config.json")
+    return config, _read_spec(workdir)
+
+
+def _read_spec(workdir: epath.Path) -> DatasetSpec:
+    return DatasetSpec.from_json(json.loads((workdir / "dataset.json").read_text()))

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from dsnet_jax import parallel
-from dsnet_jax.data.builders import Split, open_split
 from dsnet_jax.data.pipeline import Example, evaluation_examples
+from dsnet_jax.data.records import Split, open_split
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.inference import Segmenter
@@ -52,7 +52,7 @@ def evaluate(model: nn.Module, variables: Any, split: Split, config: ConfigDict,
       show: how many examples to keep for looking at.
 
     Raises:
-      InputError: the split has no labels, or other classes than the network.
+      InputError: the split has no labels.
       RuntimeError: the number of images scored is not the split's.
     """
     process, processes = jax.process_index(), jax.process_count()

@@ -36,13 +36,16 @@ def predict_files(
       How many files could not be labelled.
 
     Raises:
-      InputError: the run cannot be used, there is no image, or two would be written to one place.
+      InputError: the run cannot be used, there is no image, two would be written to one place, or one over an image.
     """
     files, others = _image_files(inputs)
     output = epath.Path(output)
-    names = _output_names(files)
+    names = _output_names(files, output)
     trained = load_trained(workdir, step)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output} cannot be made ({error.strerror}): give another --output") from error
     failed = []
 
     def readable(files: Sequence[Path]) -> Iterator[Example]:
@@ -86,12 +89,13 @@ def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int]:
     return list(dict.fromkeys(files)), others
 
 
-def _output_names(files: Sequence[Path]) -> dict[Path, str]:
+def _output_names(files: Sequence[Path], output: epath.Path) -> dict[Path, str]:
     """The name of each file's pictures: its own without the ending, or with it where that would be somebody else's.
 
     Raises:
-      InputError: two files have the same name, in different folders.
+      InputError: two files have the same name, in different folders; or a picture would replace one of the files.
     """
+    given = {file.resolve() for file in files}
     stems = [file.stem for file in files]
     names = {file: file.stem if stems.count(file.stem) == 1 else file.name for file in files}
     taken = {}
@@ -101,5 +105,7 @@ def _output_names(files: Sequence[Path]) -> dict[Path, str]:
                 raise InputError(
                     f"{taken[written]} and {file} would both be written to {written}.png: label them apart"
                 )
+            if Path(output / f"{written}.png").resolve() in given:
+                raise InputError(f"{output}/{written}.png is an image to be labelled: give another --output")
             taken[written] = file
     return names

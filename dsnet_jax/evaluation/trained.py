@@ -47,7 +47,7 @@ def load_trained(workdir: epath.PathLike, step: int | str | None = None) -> Trai
     """
     config, spec = open_workdir(workdir)
     model = build_model(config.model, spec.num_classes)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     if step == "best":
         step = checkpoints.best_step()
         if step is None:

@@ -1,0 +1,202 @@
+"""The `dsnet` command: each subcommand reads its flags and calls one function.
+
+JAX is imported by the subcommands that compute, not before: `dsnet --help` answers at once.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from dsnet_jax.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and names the nearest known command."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)", exit_code=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: of the command line, without the program's name; None: those of this process.
+
+    Returns:
+      The exit code: 0, 1 for input that cannot be used, 2 for a command line that cannot, 130 when interrupted,
+      141 when nobody reads the output any more.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+            nearest = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+            raise InputError(f"unknown command {arguments[0]!r}: {hint}", exit_code=2)
+        options, rest = _parser().parse_known_args(arguments)
+        if rest and not options.takes_config:
+            raise InputError(f"unknown argument {rest[0]!r} (see dsnet {options.command} --help)", exit_code=2)
+        options.config_flags = rest
+        _mark_absl_flags_parsed()
+        return COMMANDS[options.command](options) or 0
+    except InputError as error:
+        if debug:
+            raise
+        print(f"dsnet: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dsnet: interrupted; the same command goes on from what was saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # Whoever read our output has seen enough, as in `dsnet prepare shapes | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dsnet",
+        description="DSNet: context guided dynamic sampling for semantic segmentation.\n"
+        "`dsnet COMMAND --help` shows the flags of a command and an example.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, summary: str, example: str, takes_config: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+        command.set_defaults(takes_config=takes_config)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    prepare = add(
+        "prepare",
+        "Check every file of a data set and write it in the form that is trained from.",
+        "dsnet prepare camvid --source=/data/CamVid",
+    )
+    prepare.add_argument("data_set", choices=("shapes", "camvid", "folder"), help="what is prepared")
+    prepare.add_argument("--source", help="folder of the images and masks; shapes needs none")
+    prepare.add_argument("--root", default="datasets", help="where prepared data sets lie (default: %(default)s)")
+    prepare.add_argument("--name", help="name of a `folder` data set, as config.data.name refers to it")
+    prepare.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them")
+    prepare.add_argument("--max-pixels", type=int, help="refuse larger images (default: 100 million)")
+    prepare.add_argument("--overwrite", action="store_true", help="replace a prepared data set of that name")
+
+    train = add(
+        "train",
+        "Train the network of a config, or go on with a run that was stopped. Fields of the config are set with\n"
+        "--config.FIELD=VALUE.",
+        "dsnet train --config=configs/camvid_dsnet_r18.py --workdir=runs/camvid --config.optimizer.base_lr=0.02",
+        takes_config=True,
+    )
+    train.add_argument("--workdir", required=True, help="folder of the run: config, metrics, checkpoints")
+
+    evaluate = add(
+        "evaluate",
+        "Score a trained network on a split: results.json, a table, the confusion matrix and pictures.",
+        "dsnet evaluate --workdir=runs/camvid --split=val",
+    )
+    _add_checkpoint_flags(evaluate)
+    evaluate.add_argument("--split", help="split of the data set (default: config.data.eval_split)")
+    evaluate.add_argument("--root", help="where prepared data sets lie (default: config.data.root)")
+
+    predict = add(
+        "predict",
+        "Label images: an index PNG in the data set's palette and a coloured overlay for each.",
+        "dsnet predict --workdir=runs/camvid --output=predictions street.jpg more_images/",
+    )
+    _add_checkpoint_flags(predict)
+    predict.add_argument("--output", required=True, help="folder for the predictions")
+    predict.add_argument("inputs", nargs="+", help="images, and folders of images")
+
+    inspect = add(
+        "inspect",
+        "Print the network of a config: shapes, parameters and multiply-adds of its parts.",
+        "dsnet inspect --config=configs/voc2012_dsnet_r101.py",
+        takes_config=True,
+    )
+    inspect.add_argument("--classes", type=int, help="number of classes (default: those of the config's data set)")
+    return parser
+
+
+def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="folder of the run, as given to `dsnet train`")
+    parser.add_argument("--step", type=_step, help="step of the checkpoint, or `best` (default: the last)")
+
+
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor `best`")
+    return text if text == "best" else int(text)
+
+
+def _mark_absl_flags_parsed() -> None:
+    """Libraries that read absl's flags insist that somebody parsed them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from dsnet_jax.data.prepare import prepare
+
+    limit = {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
+    prepare(
+        options.data_set,
+        options.source,
+        options.root,
+        name=options.name,
+        skip_bad=options.skip_bad,
+        overwrite=options.overwrite,
+        **limit,
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dsnet_jax.config import load_config
+
+    config = load_config(options.config_flags)  # Before JAX is imported: a misspelling is told at once.
+    from dsnet_jax import parallel
+    from dsnet_jax.training.loop import train
+
+    parallel.configure()
+    train(config, options.workdir)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from dsnet_jax import parallel
+    from dsnet_jax.evaluation.evaluate import evaluate_run
+
+    parallel.configure()
+    evaluate_run(options.workdir, options.step, options.split, options.root)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from dsnet_jax import parallel
+    from dsnet_jax.evaluation.predict import predict_files
+
+    parallel.configure()
+    return 1 if predict_files(options.workdir, options.step, options.inputs, options.output) else 0
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from dsnet_jax.config import load_config
+
+    config = load_config(options.config_flags)
+    from dsnet_jax.summary import print_summary
+
+    print_summary(config, options.classes)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "inspect": _inspect,
+}

@@ -1,0 +1,74 @@
+"""Devices and processes: the only file that knows about them.
+
+There is one mesh with one axis, `data`: batches are split over it, everything else is whole on every device. The code
+is the same for one device and for a pod, for one process and for many.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+
+
+def configure() -> None:
+    """Sets what must be set before the first computation: the compilation cache, kept across runs.
+
+    The user's own JAX_COMPILATION_CACHE_DIR wins.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "dsnet_jax" / "xla"))
+
+
+def global_mesh() -> Mesh:
+    """All devices of all processes."""
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def local_mesh() -> Mesh:
+    """The devices of this process: evaluation needs no other process until the counts are added up."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_by_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's part of a batch, [b, ...] each, as global arrays [b * processes, ...] split over the mesh."""
+    sharding = split_by_batch(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def to_local(mesh: Mesh, tree: Any) -> Any:
+    """A tree of replicated global arrays as replicated arrays of a mesh of this process's devices."""
+    return jax.device_put(jax.tree.map(lambda x: x.addressable_data(0), tree), replicated(mesh))
+
+
+def sum_over_processes(counts: np.ndarray) -> np.ndarray:
+    """The sum of every process's array, int64, exact; the array itself where there is one process."""
+    if jax.process_count() == 1:
+        return counts
+    from jax.experimental import multihost_utils
+
+    # Split in halves of 31 bits: arrays that travel between processes are 32 bits wide unless x64 is on.
+    halves = np.stack([counts >> 31, counts & 0x7FFFFFFF]).astype(np.uint32)
+    gathered = multihost_utils.process_allgather(halves).astype(np.int64).sum(axis=0)
+    return (gathered[0] << 31) + gathered[1]
+
+
+def is_main_process() -> bool:
+    """True in the one process that writes files and prints."""
+    return jax.process_index() == 0

@@ -1,0 +1,155 @@
+"""A config made into a network and step counts, and the folder that remembers which config it was."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsnet_jax.config import default_config
+from dsnet_jax.data.specs import CAMVID, SHAPES
+from dsnet_jax.errors import InputError
+from dsnet_jax.experiment import CHOICES, build_model, claim_workdir, open_workdir, steps_per_epoch
+
+
+def model_config(**fields):
+    config = default_config().model
+    config.update({"backbone": "resnet18", "width": 16} | fields)
+    return config
+
+
+def output_and_parameters(train=True, **fields):
+    """Shapes of the output for images of 64x96, and of the parameters by name."""
+    network = build_model(model_config(**fields), num_classes=4)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+    output, variables = jax.eval_shape(lambda images: network.init_with_output(keys, images, train=train), images)
+    paths = jax.tree_util.tree_leaves_with_path(variables["params"])
+    return output, {"/".join(key.key for key in path): leaf.shape for path, leaf in paths}
+
+
+@pytest.mark.parametrize(
+    "fields, name, shape",
+    [
+        ({}, "classifier/conv/conv/kernel", (3, 3, 3 * 16, 16)),
+        ({"name": "fcn"}, "classifier/conv/conv/kernel", (3, 3, 512, 16)),
+        ({"width": 24}, "aspp/project/conv/kernel", (1, 1, 5 * 24, 24)),
+        ({"stem": "v1s"}, "backbone/stem2/conv/kernel", (3, 3, 64, 128)),
+        ({"backbone": "resnet50"}, "backbone/stage5_block2/conv3/kernel", (1, 1, 512, 2048)),
+        ({"atrous_rates": (2, 4)}, "aspp/project/conv/kernel", (1, 1, 4 * 16, 16)),
+        ({"low_level_stage": 4}, "cgds/modification/conv/kernel", (1, 1, 256, 16)),
+        ({"guide": "stage5"}, "guide/conv/kernel", (1, 1, 512, 16)),
+        ({"modification_kernel": 3}, "cgds/modification/conv/kernel", (3, 3, 128, 16)),
+        ({"sampling_kernel": 5}, "cgds/kernel", (5, 5, 16, 16)),
+        ({"sampling_kernel": 1}, "cgds/offset/kernel", (3, 3, 16, 2)),
+    ],
+)
+def test_a_field_of_the_config_reaches_the_network(fields, name, shape):
+    assert output_and_parameters(**fields)[1][name] == shape
+
+
+def test_fields_that_leave_no_trace_in_the_parameters_reach_the_network():
+    network = build_model(model_config(dropout=0.3, output_stride=8, multi_grid=(1, 2), dtype="bfloat16"), 4)
+    assert network.dropout == 0.3
+    assert network.backbone.output_stride == 8
+    assert network.backbone.multi_grid == (1, 2)
+    assert network.dtype == network.backbone.dtype == jnp.bfloat16
+
+
+def test_deep_supervision_is_there_in_training_when_asked_for():
+    assert output_and_parameters()[0].auxiliary_logits.shape == (2, 4, 6, 4)
+    assert output_and_parameters(deep_supervision=False)[0].auxiliary_logits is None
+    assert output_and_parameters(train=False)[0].auxiliary_logits is None
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(field):
+    wrong = 7 if isinstance(CHOICES[field][0], int) else "other"
+    with pytest.raises(InputError) as raised:
+        build_model(model_config(**{field: wrong}), 4)
+    assert f"config.model.{field} is {wrong!r}" in str(raised.value)
+    assert all(str(choice) in str(raised.value) for choice in CHOICES[field])
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"sampling_kernel": 2}, "sampling_kernel is 2: a positive odd number"),
+        ({"modification_kernel": -1}, "modification_kernel is -1: a positive odd number"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"atrous_rates": (0,)}, "atrous_rates"),
+        ({"multi_grid": (1, 2, 4)}, "resnet18 has 2 blocks"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(InputError, match=message) as raised:
+        build_model(model_config(**fields), 4)
+    assert raised.value.exit_code == 2
+
+
+def test_an_epoch_has_the_whole_batches_of_the_split():
+    config = default_config()
+    config.data.batch_size = 8
+    assert [steps_per_epoch(config, records) for records in (8, 15, 16, 367)] == [1, 1, 2, 45]
+
+
+def test_a_split_smaller_than_a_batch_is_refused_with_both_numbers():
+    config = default_config()
+    with pytest.raises(InputError, match=r"batch_size is 32, split 'train' of shapes has 31 images"):
+        steps_per_epoch(config, 31)
+
+
+def test_a_batch_of_one_is_refused():
+    config = default_config()
+    config.data.batch_size = 1
+    with pytest.raises(InputError, match="batch_size is 1"):
+        steps_per_epoch(config, 100)
+
+
+def test_a_workdir_remembers_its_config_and_classes(tmp_path):
+    config = default_config()
+    config.model.width = 64
+    claim_workdir(tmp_path / "runs" / "a", config, CAMVID)
+    assert open_workdir(tmp_path / "runs" / "a") == (config, CAMVID)
+
+
+def test_a_workdir_takes_its_own_config_again_and_refuses_another_naming_every_field(tmp_path):
+    config = default_config()
+    claim_workdir(tmp_path, config, SHAPES)
+    claim_workdir(tmp_path, config, SHAPES)
+    other = default_config()
+    other.seed, other.data.crop_size_hw = 1, (64, 64)
+    with pytest.raises(InputError) as raised:
+        claim_workdir(tmp_path, other, SHAPES)
+    assert str(raised.value).splitlines()[1:] == ["data.crop_size_hw: (512, 512) -> (64, 64)", "seed: 0 -> 1"]
+    assert open_workdir(tmp_path)[0] == config
+
+
+@pytest.mark.parametrize("change", [{"class_names": SHAPES.class_names[::-1]}, {"palette": SHAPES.palette[::-1]}])
+def test_a_workdir_refuses_other_classes_and_other_colours(tmp_path, change):
+    claim_workdir(tmp_path, default_config(), SHAPES)
+    with pytest.raises(InputError, match="other classes or colours than shapes has now"):
+        claim_workdir(tmp_path, default_config(), dataclasses.replace(SHAPES, **change))
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        claim_workdir(tmp_path / "file" / "run", default_config(), SHAPES)
+
+
+def test_a_folder_without_a_run_is_refused_and_not_made(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        open_workdir(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_config_with_a_field_that_this_version_does_not_know_is_named_with_its_file(tmp_path):
+    claim_workdir(tmp_path, default_config(), SHAPES)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["model"]["attention_heads"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"config\.json: unknown field 'attention_heads'"):
+        open_workdir(tmp_path)

@@ -1,0 +1,101 @@
+"""The loss, against cross-entropy written out in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsnet_jax import parallel
+from dsnet_jax.training.losses import cross_entropy
+
+CLASSES = 5
+
+
+def batch(labelled=(True,) * 8, size_hw=(6, 7), seed=0):
+    """Logits and labels of images, a third of whose pixels is ignored; all of them where an image is not labelled."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 5, (len(labelled), *size_hw, CLASSES)).astype(np.float32)
+    labels = rng.integers(0, CLASSES, logits.shape[:3]).astype(np.uint8)
+    labels[rng.random(labels.shape) < 1 / 3] = 255
+    labels[~np.array(labelled)] = 255
+    return logits, labels
+
+
+def by_hand(logits, labels):
+    """Pixel by pixel."""
+    losses = []
+    for pixel, label in zip(logits.astype(np.float64).reshape(-1, CLASSES), labels.ravel(), strict=True):
+        if label != 255:
+            losses.append(np.log(np.exp(pixel).sum()) - pixel[label])
+    return sum(losses) / len(losses)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_labelled_pixels():
+    logits, labels = batch()
+    np.testing.assert_allclose(cross_entropy(logits, labels), by_hand(logits, labels), rtol=1e-6)
+
+
+def test_in_float64_the_loss_is_exact_to_float64():
+    with jax.enable_x64(True):
+        logits, labels = batch()
+        loss = cross_entropy(jnp.asarray(logits, jnp.float64), jnp.asarray(labels))
+        assert loss.dtype == jnp.float64
+        np.testing.assert_allclose(loss, by_hand(logits, labels), rtol=1e-13)
+
+
+def test_bfloat16_logits_lose_nothing_in_the_loss():
+    logits, labels = batch()
+    rounded = jnp.asarray(logits, jnp.bfloat16)
+    loss = cross_entropy(rounded, labels)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, by_hand(np.asarray(rounded, np.float32), labels), rtol=1e-6)
+
+
+def test_huge_logits_do_not_overflow():
+    logits = np.zeros((1, 1, 2, CLASSES), np.float32)
+    logits[..., 1] = 1e4
+    assert cross_entropy(logits, np.array([[[1, 0]]], np.uint8)) == pytest.approx(5e3)
+
+
+def test_logits_are_resized_to_the_labels_grid():
+    """Half-pixel centres: of two cells over four pixels the weights are 1, 3/4, 1/4, 0."""
+    logits = np.random.default_rng(1).normal(0, 2, (1, 1, 2, CLASSES)).astype(np.float32)
+    share = np.array([1, 0.75, 0.25, 0])[:, None]
+    resized = share * logits[0, 0, 0] + (1 - share) * logits[0, 0, 1]
+    labels = np.array([[[0, 3, 255, 4]]], np.uint8)
+    np.testing.assert_allclose(cross_entropy(logits, labels), by_hand(resized[None, None], labels), rtol=1e-6)
+
+
+def test_the_gradient_is_softmax_minus_truth_over_the_labelled_count_and_zero_where_ignored():
+    logits, labels = batch()
+    gradient = jax.grad(cross_entropy)(logits, labels)
+    softmax = np.exp(logits.astype(np.float64))
+    softmax /= softmax.sum(axis=-1, keepdims=True)
+    labelled = labels != 255
+    truth = np.eye(CLASSES)[np.where(labelled, labels, 0)]
+    expected = np.where(labelled[..., None], softmax - truth, 0) / labelled.sum()
+    np.testing.assert_allclose(gradient, expected, atol=1e-8)
+    np.testing.assert_array_equal(np.asarray(gradient)[~labelled], 0)
+
+
+def test_a_batch_without_a_labelled_pixel_has_loss_zero_and_gradient_zero():
+    logits, labels = batch(labelled=(False, False))
+    loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_another_ignore_label_can_be_given():
+    logits, labels = batch()
+    moved = np.where(labels == 255, 77, labels).astype(np.uint8)
+    assert cross_entropy(logits, moved, ignore_label=77) == cross_entropy(logits, labels)
+
+
+def test_the_mean_is_over_the_global_batch_when_devices_have_unequally_many_labelled_pixels():
+    logits, labels = batch(labelled=(True, False, True, True, False, True, False, True))
+    labels[0, 1:] = 255  # Seven pixels at most on the first device, none on others.
+    mesh = parallel.global_mesh()
+    sharding = NamedSharding(mesh, PartitionSpec(parallel.AXIS))
+    sharded = jax.jit(cross_entropy, in_shardings=(sharding, sharding))(logits, labels)
+    np.testing.assert_allclose(sharded, by_hand(logits, labels), rtol=1e-6)
