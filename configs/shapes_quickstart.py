@@ -23,5 +23,5 @@ def get_config():
     config.optimizer.backbone_lr_multiplier = 1.0  # Nothing is pretrained.
     config.optimizer.offset_lr_multiplier = 0.1  # At the full rate the first steps throw the points about.
     config.training.epochs = 16
-    config.training.evaluate_every_epochs = 4
+    config.training.evaluate_every_epochs = 8
     return config

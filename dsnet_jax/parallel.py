@@ -6,7 +6,6 @@ is the same for one device and for a pod, for one process and for many.
 
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -50,11 +49,6 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's part of a batch, [b, ...] each, as global arrays [b * processes, ...] split over the mesh."""
     sharding = split_by_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-
-def to_local(mesh: Mesh, tree: Any) -> Any:
-    """A tree of replicated global arrays as replicated arrays of a mesh of this process's devices."""
-    return jax.device_put(jax.tree.map(lambda x: x.addressable_data(0), tree), replicated(mesh))
 
 
 def sum_over_processes(counts: np.ndarray) -> np.ndarray:

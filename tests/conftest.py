@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # ml_collections reads config files so.
     config.addinivalue_line("filterwarnings", "ignore:the load_module.. method is deprecated:DeprecationWarning")
     flags.FLAGS.mark_as_parsed()  # absl.logging and TFDS read them; no `main` parses them here.
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly() -> Iterator[None]:
+    """Compiles without most optimisations: for tests of what is round a program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,7 @@ from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.ops import resize_bilinear
 from dsnet_jax.ops.normalise import normalise
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_quickly():
-    """Without most optimisations: what is tested here is round the program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def plain_matrix(trained, split, image_scale):

@@ -34,12 +34,7 @@ class Stopped(Exception):
     """As Ctrl-C, at a chosen batch."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_quickly():
-    """Without most optimisations: what is tested here is round the program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def watch_records(monkeypatch):
