@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsnet_jax.models.layers import BatchNorm, Conv, ConvNormRelu, resize_map
+from dsnet_jax.models.layers import HEAD_INIT, BatchNorm, Conv, ConvNormRelu, resize_map
 from dsnet_jax.ops import Extent, dynamic_sampling_conv
 
 
@@ -59,7 +59,7 @@ class CGDS(nn.Module):
         precise = jnp.promote_types(self.dtype, jnp.float32)
         predict = Conv(2 * k * k, 3, use_bias=True, kernel_init=nn.initializers.zeros, dtype=precise, name="offset")
         offsets = predict(guide, extent).reshape(*modified.shape[:3], k * k, 2)
-        kernel = self.param("kernel", nn.initializers.he_normal(), (k, k, self.width, self.width), jnp.float32)
+        kernel = self.param("kernel", HEAD_INIT, (k, k, self.width, self.width), jnp.float32)
         source = modified if extent is None else extent.zero_outside(modified)
         sampled = dynamic_sampling_conv(source, offsets, kernel)
         sampled = nn.relu(BatchNorm(dtype=self.dtype, name="norm")(sampled, train=train))

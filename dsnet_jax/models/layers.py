@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from dsnet_jax.ops import Extent, resize_bilinear
 from dsnet_jax.ops.precision import at_least_float32
 
-# He et al. 2015, by the number of outputs, as torchvision starts its ResNets.
-KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# torchvision starts its ResNets by the number of outputs (He et al. 2015), PyTorch all other convolutions uniformly
+# within 1 / sqrt(inputs). In front of batch normalisation the size of a kernel sets its pace: a step turns it by an
+# angle that goes with the inverse square, so that a head started as the backbone is would learn 20 times more slowly.
+BACKBONE_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+HEAD_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @flax.struct.dataclass
@@ -45,7 +48,7 @@ class Conv(nn.Module):
     stride: int = 1
     dilation: int = 1
     use_bias: bool = False
-    kernel_init: nn.initializers.Initializer = KERNEL_INIT
+    kernel_init: nn.initializers.Initializer = HEAD_INIT
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -110,12 +113,21 @@ class ConvNormRelu(nn.Module):
     kernel_size: int = 1
     stride: int = 1
     dilation: int = 1
+    kernel_init: nn.initializers.Initializer = HEAD_INIT
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, extent: Extent | None = None, *, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features], in `dtype`."""
-        conv = Conv(self.features, self.kernel_size, self.stride, self.dilation, dtype=self.dtype, name="conv")
+        conv = Conv(
+            self.features,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            name="conv",
+        )
         return nn.relu(BatchNorm(dtype=self.dtype, name="norm")(conv(x, extent), train=train))
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dsnet_jax.models.layers import BatchNorm, Conv, ConvNormRelu, max_pool
+from dsnet_jax.models.layers import BACKBONE_INIT, BatchNorm, Conv, ConvNormRelu, max_pool
 from dsnet_jax.ops import Extent
 
 STEM_WIDTHS = {"v1c": (32, 32, 64), "v1s": (64, 64, 128)}  # Three 3x3 convolutions in place of v1's one 7x7.
@@ -32,7 +32,8 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, extent: Extent | None = None, *, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), width]."""
-        conv, norm = partial(Conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
+        conv = partial(Conv, kernel_init=BACKBONE_INIT, dtype=self.dtype)
+        norm = partial(BatchNorm, dtype=self.dtype)
         before, after = self.dilations
         y = conv(self.width, 3, self.stride, before, name="conv1")(x, extent)
         y = nn.relu(norm(name="norm1")(y, train=train))
@@ -60,7 +61,8 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, extent: Extent | None = None, *, train: bool) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), 4 * width]."""
-        conv, norm = partial(Conv, dtype=self.dtype), partial(BatchNorm, dtype=self.dtype)
+        conv = partial(Conv, kernel_init=BACKBONE_INIT, dtype=self.dtype)
+        norm = partial(BatchNorm, dtype=self.dtype)
         before, _ = self.dilations
         y = conv(self.width, name="conv1")(x, extent)
         y = nn.relu(norm(name="norm1")(y, train=train))
@@ -128,10 +130,11 @@ class ResNet(nn.Module):
 
     def _stem(self, x: jax.Array, extent: Extent | None, train: bool) -> jax.Array:
         """[B, H, W, 3] -> [B, ceil(H / 2), ceil(W / 2), 64 or 128]."""
+        layer = partial(ConvNormRelu, kernel_init=BACKBONE_INIT, dtype=self.dtype)
         if self.stem == "v1":
-            return ConvNormRelu(64, 7, 2, dtype=self.dtype, name="stem")(x, extent, train=train)
+            return layer(64, 7, 2, name="stem")(x, extent, train=train)
         for i, width in enumerate(STEM_WIDTHS[self.stem]):
-            x = ConvNormRelu(width, 3, 2 if i == 0 else 1, dtype=self.dtype, name=f"stem{i}")(x, extent, train=train)
+            x = layer(width, 3, 2 if i == 0 else 1, name=f"stem{i}")(x, extent, train=train)
         return x
 
 

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsnet_jax.models.layers import BatchNorm, Conv, ConvNormRelu, global_mean, max_pool, resize_map
+from dsnet_jax.models.resnet import BasicBlock
 from dsnet_jax.ops import Extent, resize_bilinear
 
 SIZES = [(8, 6), (7, 5), (1, 1), (2, 9)]
@@ -38,10 +39,18 @@ def test_an_even_kernel_is_refused():
         Conv(4, 2).init(jax.random.key(0), random_map(1, 3, 3, 2))
 
 
-def test_a_convolution_has_no_bias_unless_asked_and_starts_with_he_variance_by_its_outputs():
+def test_a_convolution_has_no_bias_unless_asked_and_starts_as_pytorch_starts_it():
     params = Conv(256, 3).init(jax.random.key(0), jnp.zeros((1, 1, 1, 16)))["params"]
     assert params.keys() == {"kernel"} and params["kernel"].dtype == jnp.float32
-    np.testing.assert_allclose(np.std(params["kernel"]), (2 / (9 * 256)) ** 0.5, rtol=0.02)
+    bound = (9 * 16) ** -0.5
+    assert 0.99 * bound < np.abs(params["kernel"]).max() <= bound
+    np.testing.assert_allclose(np.std(params["kernel"]), bound / 3**0.5, rtol=0.02)
+
+
+def test_the_backbone_starts_with_he_variance_by_its_outputs():
+    params = BasicBlock(256, 1, (1, 1)).init(jax.random.key(0), jnp.zeros((1, 1, 1, 16)), train=False)["params"]
+    for name, side in (("conv1", 3), ("conv2", 3), ("downsample_conv", 1)):
+        np.testing.assert_allclose(np.std(params[name]["kernel"]), (2 / (side**2 * 256)) ** 0.5, rtol=0.05)
 
 
 @pytest.mark.parametrize("side", [1, 3])
