@@ -149,6 +149,8 @@ def remove_file(folder):
     (folder / "manifest.ocdbt").unlink()
 
 
+# TensorStore answers the other reads of a failed restore after Orbax has closed the loop that asked.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("change", [damage, remove_file])
 def test_a_damaged_checkpoint_is_one_line_with_the_step_to_go_on_from(tmp_path, change):
     save_all(tmp_path, None, None)

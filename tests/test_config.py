@@ -129,8 +129,7 @@ def test_json_and_back_keeps_every_field_and_its_type():
     config = load_config([QUICKSTART, "--config.model.multi_grid=(1,2)", "--config.training.epochs=3"])
     again = from_json(to_json(config), "config.json")
     assert again == config
-    assert again.data.crop_size_hw == (128, 128) and isinstance(again.data.crop_size_hw, tuple)
-    assert isinstance(again.model.multi_grid, tuple)
+    assert isinstance(again.data.crop_size_hw, tuple) and again.model.multi_grid == (1, 2)
     assert again.is_locked
 
 

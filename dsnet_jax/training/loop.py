@@ -148,14 +148,14 @@ def _drain(metrics: list[Metrics], step: int, workdir: epath.PathLike) -> dict[s
     """The losses' means over the steps since the last call, and the last step's other figures; empties the list."""
     fetched = jax.device_get(metrics)
     metrics.clear()
-    # A loss can be finite whose gradient is not, and then the state is not either.
-    figures = np.array([(m["loss"], m["gradient_norm"]) for m in fetched])
-    finite = np.isfinite(figures).all(axis=1)
+    finite = np.array([m.pop("finite") for m in fetched])
     if not finite.all():
-        loss, norm = figures[np.argmin(finite)]
+        first = int(np.argmin(finite))
+        loss, norm = fetched[first]["loss"], fetched[first]["gradient_norm"]
         raise InputError(
-            f"{workdir}: step {step - len(finite) + 1 + np.argmin(finite)} has loss {loss} and gradient norm {norm}: "
-            "nothing was saved since; lower config.optimizer.base_lr, or look at the images of that step"
+            f"{workdir}: step {step - len(finite) + 1 + first} is not finite any more, its loss is {loss} and its "
+            f"gradient norm {norm}: nothing was saved since; lower config.optimizer.base_lr, or look at the images of "
+            "that step"
         )
     averaged = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1] if name.endswith("loss")}
     return {name: float(value) for name, value in fetched[-1].items()} | averaged

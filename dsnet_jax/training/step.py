@@ -58,7 +58,8 @@ def make_train_step(
     """A pure function (state, batch) -> (state, metrics), to be jitted with the batch sharded over the devices.
 
     The batch holds `image`, uint8 [B, H, W, 3], and `label`, uint8 [B, H, W]. Metrics are scalars: loss (the
-    whole one), main_loss, auxiliary_loss, learning_rate, gradient_norm and those of `offset_metrics`.
+    whole one), main_loss, auxiliary_loss, learning_rate, gradient_norm, finite (whether the loss, all gradients and the
+    whole new state are) and those of `offset_metrics`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -84,15 +85,20 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables["params"])
         params = optax.apply_updates(state.variables["params"], updates)
+        state = TrainState(state.step + 1, {"params": params, "batch_stats": batch_stats}, opt_state)
         metrics |= {
             "loss": loss,
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step - 1),
             "gradient_norm": optax.tree.norm(gradients),
+            "finite": _all_finite((loss, gradients, state)),
         }
-        variables = {"params": params, "batch_stats": batch_stats}
-        return TrainState(state.step + 1, variables, opt_state), metrics
+        return state, metrics
 
     return train_step
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def offset_metrics(output: SegmentationOutput) -> Metrics:

@@ -42,7 +42,8 @@ def normalised(variables, x):
 def test_points_start_at_zero_and_sampling_as_an_ordinary_convolution(variables):
     started = jax.jit(lambda: MODULE.init(jax.random.key(0), LOW, HIGH, train=False))()["params"]
     assert not np.any(started["offset"]["kernel"]) and not np.any(started["offset"]["bias"])
-    np.testing.assert_allclose(np.std(started["kernel"]), (2 / (9 * 4)) ** 0.5, rtol=0.2)
+    bound = (9 * 4) ** -0.5  # As PyTorch starts a convolution.
+    assert 0.9 * bound < np.abs(started["kernel"]).max() <= bound
     variables = with_offset(variables, **started["offset"])
     output = evaluate(variables, LOW, HIGH)
     assert not np.any(output.offsets)

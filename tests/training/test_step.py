@@ -87,6 +87,7 @@ def eight_devices(network, random_state):
 def assert_equal_by_leaf(ours, theirs, tolerance):
     """Each leaf's largest difference, relative to its largest value."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         difference, size = np.abs(a - b).max(), np.abs(b).max()
         assert difference <= tolerance * size, f"{jax.tree_util.keystr(path)}: {difference} of {size}"
 
@@ -230,7 +231,7 @@ def test_a_network_without_offsets_reports_none():
 
 def test_the_metrics_of_a_dsnet_are_complete(eight_devices):
     _, metrics, _ = eight_devices
-    names = {"loss", "main_loss", "auxiliary_loss", "learning_rate", "gradient_norm"}
+    names = {"loss", "main_loss", "auxiliary_loss", "learning_rate", "gradient_norm", "finite"}
     assert set(metrics[0]) == names | {"offset_mean", "offset_max", "offset_outside"}
     assert all(np.isfinite(list(scalars.values())).all() for scalars in metrics)
     assert metrics[0]["offset_mean"] > 0.01  # The points had moved, so gathering is tested too.
