@@ -1,8 +1,10 @@
 """A config made into its parts, and the folder that remembers it."""
 
 import json
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
@@ -70,6 +72,15 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
         modification_kernel=config.modification_kernel,
         **shared,
     )
+
+
+def initial_variables(model: nn.Module, seed: int = 0) -> dict[str, Any]:
+    """A network's fresh `params` and `batch_stats`, float32, a function of the seed alone; deep supervision included.
+
+    Under `jax.eval_shape` they are shapes, which no seed changes.
+    """
+    images = jnp.zeros((1, 64, 64, 3))  # Any size will do: no parameter's shape depends on it.
+    return model.init({"params": jax.random.key(seed), "dropout": jax.random.key(0)}, images, train=True)
 
 
 def steps_per_epoch(config: ConfigDict, records: int) -> int:

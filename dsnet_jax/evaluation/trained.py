@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -13,7 +12,7 @@ from dsnet_jax import parallel
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
-from dsnet_jax.experiment import build_model, open_workdir
+from dsnet_jax.experiment import build_model, initial_variables, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +51,7 @@ def load_trained(workdir: epath.PathLike, step: int | str | None = None) -> Trai
         step = checkpoints.best_step()
         if step is None:
             raise InputError(f"{checkpoints.folder}: no checkpoint was evaluated: leave --step out to take the last")
-    images = jnp.zeros((1, 64, 64, 3))
-    like = jax.eval_shape(
-        lambda: model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, images, train=True)
-    )
+    like = jax.eval_shape(lambda: initial_variables(model))
     sharding = parallel.replicated(parallel.local_mesh())
     like = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), like)
     trees, _ = checkpoints.restore({"variables": like}, step)

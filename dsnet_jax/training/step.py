@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dsnet_jax.experiment import initial_variables
 from dsnet_jax.models.layers import SegmentationOutput
 from dsnet_jax.ops.normalise import normalise
 from dsnet_jax.training.losses import cross_entropy
@@ -43,8 +44,7 @@ class TrainState:
 
 def initial_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state, a function of the seed alone."""
-    images = jnp.zeros((1, 64, 64, 3), jnp.float32)  # Any size will do: no parameter's shape depends on it.
-    variables = model.init({"params": jax.random.key(seed), "dropout": jax.random.key(0)}, images, train=True)
+    variables = initial_variables(model, seed)
     return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]))
 
 
