@@ -204,21 +204,24 @@ def segment(
     """
     extent = Extent(size_hw, images.shape[1:3])
     logits = model.apply(variables, extent.zero_outside(normalise(images)), extent, train=False).logits
-    predictions = resized_argmax(logits, extent.valid_hw(logits.shape[1:3]), label_hw, label_canvas_hw)
+    cells_per_pixel = jnp.array(logits.shape[1:3]) / jnp.array(images.shape[1:3])  # Exact: canvases are multiples.
+    ratio_hw = size_hw / label_hw * cells_per_pixel
+    predictions = resized_argmax(logits, ratio_hw, extent.valid_hw(logits.shape[1:3]), label_hw, label_canvas_hw)
     counts = None if labels is None else confusion_counts(labels, predictions, logits.shape[-1])
     return predictions, counts
 
 
 def resized_argmax(
-    logits: jax.Array, valid_in_hw: jax.Array, valid_out_hw: jax.Array, shape_hw: tuple[int, int]
+    logits: jax.Array, ratio_hw: jax.Array, valid_in_hw: jax.Array, valid_out_hw: jax.Array, shape_hw: tuple[int, int]
 ) -> jax.Array:
-    """The class with the largest logit after `resize_bilinear(logits, shape_hw, valid_in_hw, valid_out_hw)`.
+    """The class with the largest logit after `resize_bilinear(logits, shape_hw, ratio_hw, valid_in_hw)`.
 
     Goes from band to band of 32 output rows: the resized logits as a whole, 150 classes at 4000x3000 pixels for
     instance, would need gigabytes.
 
     Args:
       logits: [B, h, w, K], K at most 255.
+      ratio_hw: cells of the logits per pixel of the result, float32 [B, 2].
       valid_in_hw: valid rows and columns of the logits, int32 [B, 2].
       valid_out_hw: the same of the result, int32 [B, 2].
       shape_hw: height and width of the result; the height a multiple of 32.
@@ -230,13 +233,12 @@ def resized_argmax(
     rows, columns = shape_hw
     # The resized identity matrix holds the weight of every row of the logits in every row of the result.
     identity = jnp.broadcast_to(jnp.eye(rows_in)[:, None], (batch, rows_in, 1, rows_in))
-    one_column = (valid_hw.at[:, 1].set(1) for valid_hw in (valid_in_hw, valid_out_hw))
-    weights = resize_bilinear(identity, (rows, 1), *one_column)
+    weights = resize_bilinear(identity, (rows, 1), ratio_hw.at[:, 1].set(1), valid_in_hw.at[:, 1].set(1))
     bands = weights.reshape(batch, rows // CANVAS_MULTIPLE, CANVAS_MULTIPLE, rows_in).swapaxes(0, 1)
 
     def label_band(band):
         values = jnp.einsum("boh,bhwk->bowk", band, logits.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        whole_band = (valid_hw.at[:, 0].set(CANVAS_MULTIPLE) for valid_hw in (valid_in_hw, valid_out_hw))
+        whole_band = ratio_hw.at[:, 0].set(1), valid_in_hw.at[:, 0].set(CANVAS_MULTIPLE)
         values = resize_bilinear(values, (CANVAS_MULTIPLE, columns), *whole_band)
         return jnp.argmax(values, axis=-1).astype(jnp.uint8)
 

@@ -39,11 +39,13 @@ class CGDS(nn.Module):
       width: channels of X(M) and X(S).
       sampling_kernel: k; k*k points are sampled at each position.
       modification_kernel: side of the feature modification's convolution.
+      stride_ratio: the low-level map's stride over that of the high-level one.
     """
 
     width: int = 256
     sampling_kernel: int = 3
     modification_kernel: int = 1
+    stride_ratio: float = 0.5
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -54,7 +56,7 @@ class CGDS(nn.Module):
         k = self.sampling_kernel
         modification = ConvNormRelu(self.width, self.modification_kernel, dtype=self.dtype, name="modification")
         modified = modification(low_level, extent, train=train)
-        guide = resize_map(high_level, modified.shape[1:3], extent)
+        guide = resize_map(high_level, modified.shape[1:3], self.stride_ratio, extent)
         # Started at zero: the module begins as an ordinary convolution. bfloat16 has steps of 1/4 pixel at 32.
         precise = jnp.promote_types(self.dtype, jnp.float32)
         predict = Conv(2 * k * k, 3, use_bias=True, kernel_init=nn.initializers.zeros, dtype=precise, name="offset")

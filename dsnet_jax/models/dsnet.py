@@ -59,7 +59,14 @@ class DSNet(nn.Module):
         else:
             guide = ConvNormRelu(self.width, dtype=self.dtype, name="guide")
         high_level = guide(features[5], extent, train=train)
-        cgds = CGDS(self.width, self.sampling_kernel, self.modification_kernel, dtype=self.dtype, name="cgds")
+        cgds = CGDS(
+            self.width,
+            self.sampling_kernel,
+            self.modification_kernel,
+            stride_ratio=min(2**self.low_level_stage / self.backbone.output_stride, 1.0),
+            dtype=self.dtype,
+            name="cgds",
+        )
         points = cgds(features[self.low_level_stage], high_level, extent, train=train)
         classifier = Classifier(self.num_classes, self.width, self.dropout, dtype=self.dtype, name="classifier")
         auxiliary = None

@@ -162,9 +162,16 @@ def global_mean(x: jax.Array, extent: Extent | None = None) -> jax.Array:
     return mean.astype(x.dtype)
 
 
-def resize_map(x: jax.Array, shape_hw: tuple[int, int], extent: Extent | None = None) -> jax.Array:
-    """A feature map at the grid of another one of the same images, bilinear, in the type of `x`."""
+def resize_map(x: jax.Array, shape_hw: tuple[int, int], ratio: float, extent: Extent | None = None) -> jax.Array:
+    """A feature map at the grid of another one of the same images, bilinear, in the type of `x`.
+
+    Args:
+      x: [B, H, W, C].
+      shape_hw: height and width of the other map.
+      ratio: the other map's stride over that of `x`.
+      extent: of the images.
+    """
     if x.shape[1:3] == tuple(shape_hw):
         return x
-    valid = (None, None) if extent is None else (extent.valid_hw(x.shape[1:3]), extent.valid_hw(shape_hw))
-    return resize_bilinear(x, shape_hw, *valid).astype(x.dtype)
+    valid = None if extent is None else extent.valid_hw(x.shape[1:3])
+    return resize_bilinear(x, shape_hw, (ratio, ratio), valid).astype(x.dtype)

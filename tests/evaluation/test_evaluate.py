@@ -31,7 +31,8 @@ def plain_matrix(trained, split, image_scale):
     @jax.jit
     def labels_of(image, like):
         logits = trained.model.apply(trained.variables, normalise(image[None]), train=False).logits
-        return jnp.argmax(resize_bilinear(logits, like.shape), axis=-1)[0]
+        ratio_hw = np.array(image.shape[:2]) / np.array(like.shape) / 8  # The network's stride is 8.
+        return jnp.argmax(resize_bilinear(logits, like.shape, ratio_hw), axis=-1)[0]
 
     matrix = np.zeros((3, 3), np.int64)
     for index in range(len(split)):

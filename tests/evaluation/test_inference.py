@@ -69,7 +69,8 @@ def make_examples(sizes_hw, label_sizes_hw=None, labelled=True, seed=0):
 @partial(jax.jit, static_argnames=("model", "label_hw"))
 def logits_of_the_bare_image(model, variables, image, label_hw):
     """At the label's size, by the network on the image alone, without a canvas; float32 [H, W, K]."""
-    return resize_bilinear(model.apply(variables, normalise(image[None]), train=False).logits, label_hw)[0]
+    logits = model.apply(variables, normalise(image[None]), train=False).logits
+    return resize_bilinear(logits, label_hw, np.array(image.shape[:2]) / np.array(label_hw) / 8)[0]  # At stride 8.
 
 
 def assert_labels_are_best(labels, logits):
@@ -142,17 +143,21 @@ def test_a_label_that_is_not_as_large_as_its_example_says_is_refused():
 @pytest.mark.parametrize("valid_in, valid_out", [((13, 9), (100, 70)), ((1, 1), (1, 1)), ((16, 12), (5, 3))])
 def test_resized_argmax_is_the_argmax_of_the_resized_logits(valid_in, valid_out):
     logits = jax.random.normal(jax.random.key(0), (2, 16, 12, 5))
-    valid = jnp.array([valid_in, (16, 5)]), jnp.array([valid_out, (127, 33)])
-    labels = np.asarray(jax.jit(resized_argmax, static_argnums=3)(logits, *valid, (128, 96)))
-    resized = np.asarray(resize_bilinear(logits, (128, 96), *valid))
+    valid_in_hw, valid_out_hw = jnp.array([valid_in, (16, 5)]), jnp.array([valid_out, (127, 33)])
+    where = valid_in_hw / valid_out_hw, valid_in_hw
+    labels = np.asarray(jax.jit(resized_argmax, static_argnums=4)(logits, *where, valid_out_hw, (128, 96)))
+    resized = np.asarray(resize_bilinear(logits, (128, 96), *where))
     for row, (height, width) in enumerate([valid_out, (127, 33)]):
         assert_labels_are_best(labels[row, :height, :width], resized[row, :height, :width])
         assert (labels[row, height:] == 255).all() and (labels[row, :, width:] == 255).all()
 
 
 def test_resized_logits_are_never_held_as_a_whole():
-    shapes = [jax.ShapeDtypeStruct(*spec) for spec in (((1, 64, 64, 150), "float32"), *[((1, 2), "int32")] * 2)]
-    compiled = jax.jit(resized_argmax, static_argnums=3).lower(*shapes, (1024, 1024)).compile()
+    shapes = [
+        jax.ShapeDtypeStruct(*spec)
+        for spec in (((1, 64, 64, 150), "float32"), ((1, 2), "float32"), *[((1, 2), "int32")] * 2)
+    ]
+    compiled = jax.jit(resized_argmax, static_argnums=4).lower(*shapes, (1024, 1024)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * 1024 * 1024 * 150 * 4
 
 

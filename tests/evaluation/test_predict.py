@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from dsnet_jax import cli, parallel
+from dsnet_jax.data.decoding import MAX_PIXELS
 from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation import predict
+from dsnet_jax.evaluation.inference import canvas_hw
 from dsnet_jax.evaluation.pictures import overlay
 from dsnet_jax.evaluation.predict import predict_files
 from dsnet_jax.evaluation.trained import load_trained
@@ -58,7 +61,8 @@ def plain_labels(workdir, image, size_hw):
     @jax.jit
     def labels_of(image):
         logits = trained.model.apply(trained.variables, normalise(image[None]), train=False).logits
-        return jnp.argmax(resize_bilinear(logits, size_hw), axis=-1)[0]
+        ratio_hw = np.array(image.shape[:2]) / np.array(size_hw) / 8  # The network's stride is 8.
+        return jnp.argmax(resize_bilinear(logits, size_hw, ratio_hw), axis=-1)[0]
 
     return np.asarray(labels_of(image))
 
@@ -140,6 +144,50 @@ def test_what_cannot_be_read_is_named_and_counted_and_the_rest_is_labelled(rando
     assert "2 images labelled into" in printed.out
     assert "3 could not be read, 1 files in the folders are not images" in printed.out
     assert outputs(tmp_path / "out") == ["0.png", "0_overlay.png", "2.png", "2_overlay.png"]
+
+
+def test_an_image_that_needs_a_larger_canvas_is_refused_from_its_header_named_and_counted(
+    random_run, tmp_path, capsys, monkeypatch
+):
+    for name, size_hw in (("fits", (64, 64)), ("high", (65, 64)), ("thin", (1, 129))):
+        write_image(tmp_path / f"{name}.png", *size_hw)
+    decoded = []
+    decode_image = predict.decode_image
+    monkeypatch.setattr(
+        predict, "decode_image", lambda data, name, *rest: decoded.append(name) or decode_image(data, name)
+    )
+    assert predict_files(random_run, None, [str(tmp_path)], tmp_path / "out", max_pixels=64 * 64) == 2
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'high.png'}: 65 x 64 pixels (height x width) need a canvas of 96 x 64, " in printed.err
+    assert f"{tmp_path / 'thin.png'}: 1 x 129 pixels (height x width) need a canvas of 32 x 160, " in printed.err
+    assert "1 images labelled into" in printed.out and "2 could not be read" in printed.out
+    assert decoded == [str(tmp_path / "fits.png")]
+
+
+def test_the_limit_is_on_the_canvas_at_the_working_resolution(random_run, tmp_path):
+    text = (random_run / "config.json").read_text()
+    (random_run / "config.json").write_text(text.replace('"image_scale": 1.0', '"image_scale": 0.5'))
+    file = write_image(tmp_path / "photo.png", 128, 128)
+    assert predict_files(random_run, None, [str(file)], tmp_path / "out", max_pixels=64 * 64) == 0
+    assert predict_files(random_run, None, [str(file)], tmp_path / "out", max_pixels=64 * 64 - 1) == 1
+
+
+def test_a_photo_of_12_million_pixels_fits_and_the_largest_that_is_decoded_does_not():
+    assert np.prod(canvas_hw((3000, 4000))) <= predict.LABELLED_PIXELS < MAX_PIXELS
+
+
+def test_a_file_that_vanishes_after_it_was_read_is_labelled_all_the_same(random_run, tmp_path, monkeypatch):
+    file = write_image(tmp_path / "photo.png", 40, 50)
+    read_file = predict.read_file
+
+    def read_and_remove(path):
+        data = read_file(path)
+        path.unlink()
+        return data
+
+    monkeypatch.setattr(predict, "read_file", read_and_remove)
+    assert predict_files(random_run, None, [str(file)], tmp_path / "out") == 0
+    assert outputs(tmp_path / "out") == ["photo.png", "photo_overlay.png"]
 
 
 def test_when_all_is_well_the_exit_code_is_0(random_run, tmp_path):

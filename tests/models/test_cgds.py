@@ -61,7 +61,7 @@ def test_points_come_from_the_resized_high_level_map_alone_and_the_modified_low_
         (2, 7, 9, 3),
         (2, 7, 9, 9, 2),
     ]
-    np.testing.assert_allclose(output.guide, resize_bilinear(HIGH, (7, 9)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(output.guide, resize_bilinear(HIGH, (7, 9), (0.5, 0.5)), rtol=1e-5, atol=1e-6)
     sampled = dynamic_sampling_conv(output.modified, output.offsets, variables["params"]["kernel"])
     np.testing.assert_allclose(output.sampled, normalised(variables, sampled), rtol=1e-4, atol=1e-5)
     assert np.std(output.offsets) > 0.3

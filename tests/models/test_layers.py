@@ -136,7 +136,7 @@ LAYERS = {
     ),
     "max_pool": max_pool,
     "global_mean": global_mean,
-    "resize_map": lambda x, extent: resize_map(x, tuple(2 * side for side in x.shape[1:3]), extent),
+    "resize_map": lambda x, extent: resize_map(x, tuple(2 * side for side in x.shape[1:3]), 0.5, extent),
 }
 
 
@@ -165,7 +165,7 @@ def test_a_mean_of_bfloat16_is_rounded_once():
 
 def test_a_map_keeps_its_type_when_resized_and_stays_itself_at_its_own_size():
     x = jnp.asarray(random_map(1, 4, 6, 2), jnp.bfloat16)
-    assert resize_map(x, (4, 6)) is x
-    resized = resize_map(x, (8, 12))
+    assert resize_map(x, (4, 6), 1.0) is x
+    resized = resize_map(x, (8, 12), 0.5)
     assert resized.dtype == jnp.bfloat16
     np.testing.assert_array_equal(resized, resize_bilinear(x, (8, 12)).astype(jnp.bfloat16))

@@ -38,33 +38,36 @@ def test_the_same_size_changes_nothing():
     np.testing.assert_array_equal(resize(x, (5, 7)), x)
 
 
-def test_valid_parts_are_resized_where_the_maps_are_of_one_size():
-    x = random_map(1, 5, 7, 3)
-    result = resize(x, (5, 7), jnp.array([[2, 3]]), jnp.array([[4, 6]]))
-    np.testing.assert_allclose(result[:, :4, :6], resize(x[:, :2, :3], (4, 6)), rtol=1e-5, atol=1e-5)
+def test_a_cell_stays_where_its_stride_puts_it_whatever_the_size_of_the_image():
+    """23 cells of stride 8 on 180 pixels are the first 23 of those on 192, and are resized as those are."""
+    cells = random_map(1, 24, 30, 3)
+    whole = resize(cells, (192, 240))
+    part = resize(cells[:, :23], (180, 240), (1 / 8, 1 / 8))
+    np.testing.assert_allclose(part, whole[:, :180], rtol=1e-5, atol=1e-5)
+    assert np.abs(resize(cells[:, :23], (180, 240)) - whole[:, :180]).max() > 1  # By the sizes they would move.
 
 
-# Maps of 9 x 12 cells with other valid parts, resized to 33 x 20 with other valid parts: (valid in, valid out).
+# Valid parts of maps of 9 x 12 cells, resized to 33 x 20 by these cells per cell.
 PARTS = [
-    ((9, 12), (33, 20)),
-    ((5, 3), (17, 20)),
+    ((9, 12), (9 / 33, 12 / 20)),
+    ((5, 3), (0.25, 0.125)),
     ((1, 1), (1, 1)),
-    ((1, 12), (33, 1)),
-    ((8, 7), (3, 5)),
-    ((7, 8), (7, 8)),
+    ((1, 12), (1 / 32, 2.5)),
+    ((8, 7), (0.3, 0.5)),
+    ((7, 8), (1, 1)),
 ]
 
 
-def test_the_valid_part_is_the_bare_map_resized_and_beyond_it_the_last_valid_cell_is_repeated():
+def test_beyond_the_valid_part_its_last_cells_are_repeated():
     x = random_map(len(PARTS), 9, 12, 3)
     for row, ((h, w), _) in enumerate(PARTS):
         x[row, h:], x[row, :, w:] = 1e6, -1e6
-    result = np.asarray(resize(x, (33, 20), *jnp.array(PARTS).swapaxes(0, 1)))
-    for row, ((h, w), (height, width)) in enumerate(PARTS):
-        bare = resize(x[row : row + 1, :h, :w], (height, width))[0]
-        np.testing.assert_allclose(result[row, :height, :width], bare, rtol=1e-5, atol=1e-5)
-        beyond = result[row, height:, width:]
-        np.testing.assert_allclose(beyond, np.broadcast_to(x[row, h - 1, w - 1], beyond.shape), rtol=1e-5)
+    valid_in_hw, ratio_hw = (jnp.array(values) for values in zip(*PARTS, strict=True))
+    result = np.asarray(resize(x, (33, 20), ratio_hw, valid_in_hw))
+    for row, ((h, w), ratio) in enumerate(PARTS):
+        repeated = np.pad(x[row, :h, :w], [(0, 100), (0, 100), (0, 0)], mode="edge")
+        bare = resize(repeated[None], (33, 20), ratio)[0]
+        np.testing.assert_allclose(result[row], bare, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_resized_in_float32():
