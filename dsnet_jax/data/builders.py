@@ -15,10 +15,11 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dsnet_jax.data.archives import Source
 from dsnet_jax.data.decoding import MAX_PIXELS, decode_mask
 from dsnet_jax.data.records import VERSION
 from dsnet_jax.data.shapes import draw_scene
-from dsnet_jax.data.specs import CAMVID, IGNORE_LABEL, SHAPES, DatasetSpec, read_class_list
+from dsnet_jax.data.specs import CAMVID, IGNORE_LABEL, SHAPES, DatasetSpec, parse_class_list
 from dsnet_jax.data.validation import CheckedSplit, FoundSplit, Pair, check_splits, content_digest, find_pairs
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import track
@@ -38,7 +39,7 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     in memory, and call TensorFlow when it is larger than 1000 MiB.)
 
     Args:
-      source: the folder that holds the data; None where they are drawn.
+      source: what holds the data; None where they are drawn.
       data_dir: TFDS's folder: `<name>/<VERSION>` is made inside.
       problems_file: where a long list of problems is written.
       skip_bad: leave out what has a problem; otherwise any problem is an error.
@@ -57,7 +58,7 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def __init__(
         self,
-        source: Path | None,
+        source: Source | None,
         data_dir: Path,
         problems_file: Path,
         skip_bad: bool = False,
@@ -73,13 +74,14 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def read_image(self, pair: Pair) -> bytes:
         """The content of the image file."""
-        return _read(pair.image)
+        return self.source.read(pair.image)
 
     def read_labels(self, pair: Pair) -> np.ndarray | None:
         """Labels, uint8 [H, W], or None where the pair has no mask."""
         if pair.mask is None:
             return None
-        return self.label_of_value[decode_mask(_read(pair.mask), pair.mask, self.labels_of_colours, self.max_pixels)]
+        data = self.source.read(pair.mask)
+        return self.label_of_value[decode_mask(data, pair.mask, self.labels_of_colours, self.max_pixels)]
 
     @functools.cached_property
     def checked_splits(self) -> dict[str, CheckedSplit]:
@@ -171,25 +173,25 @@ class Camvid(SegmentationBuilder, skip_registration=True):
 
     def find_splits(self) -> dict[str, FoundSplit]:
         """Those of train, val and test that are present."""
-        present = [split for split in ("train", "val", "test") if (self.source / split).is_dir()]
+        root, folders = self.source.root, self.source.folders(self.source.root)
+        present = [split for split in ("train", "val", "test") if split in folders]
         if not present:
-            raise InputError(
-                f"{self.source}: there is no train/ or val/: give the folder of SegNet's CamVid that has them"
-            )
-        return {split: _find(split, self.source / split, self.source / f"{split}annot") for split in present}
+            raise InputError(f"{root}: there is no train/ or val/: give the folder of SegNet's CamVid that has them")
+        return {split: _find(self.source, split, f"{root}/{split}", f"{root}/{split}annot") for split in present}
 
 
 class Folder(SegmentationBuilder, skip_registration=True):
     """Anybody's data: images/<split>/ and masks/<split>/ with files of the same names, and a class list beside them.
 
-    The class list is `classes.txt` or `classes.json`, see `specs.read_class_list`.
+    The class list is `classes.txt` or `classes.json`, see `specs.parse_class_list`.
     """
 
-    def __init__(self, name: str, source: Path, *args, **kwargs):
-        lists = [path for path in (source / "classes.txt", source / "classes.json") if path.exists()]
+    def __init__(self, name: str, source: Source, *args, **kwargs):
+        root = source.root
+        lists = [path for path in (f"{root}/classes.txt", f"{root}/classes.json") if source.has(path)]
         if len(lists) != 1:
-            raise InputError(f"{source}: wants one class list, classes.txt or classes.json, and has {len(lists)}")
-        class_list = read_class_list(lists[0], name)
+            raise InputError(f"{root}: wants one class list, classes.txt or classes.json, and has {len(lists)}")
+        class_list = parse_class_list(source.read(lists[0]), lists[0], name)
         self.name, self.spec, self.labels_of_colours = name, class_list.spec, class_list.labels_of_colours
         self.label_of_value = np.arange(256, dtype=np.uint8)
         self.label_of_value[list(class_list.ignore_values)] = IGNORE_LABEL
@@ -197,35 +199,25 @@ class Folder(SegmentationBuilder, skip_registration=True):
 
     def find_splits(self) -> dict[str, FoundSplit]:
         """A split for every folder in images/."""
-        images, masks = _folders(self.source / "images"), _folders(self.source / "masks")
-        if not images:
+        root = self.source.root
+        splits = self.source.folders(f"{root}/images")
+        if not splits:
+            raise InputError(f"{root}: there is no images/<split>/: put the images into images/train/, images/val/")
+        if extra := sorted(set(self.source.folders(f"{root}/masks")) - set(splits)):
+            raise InputError(f"{root}: masks/{extra[0]}/ has no images/{extra[0]}/: name both alike")
+        if strange := [name for name in splits if not re.fullmatch(r"[A-Za-z]\w*", name) or name == "all"]:
             raise InputError(
-                f"{self.source}: there is no images/<split>/: put the images into images/train/, images/val/"
+                f"{root}/images/{strange[0]}: not a name for a split: take letters, digits and _, and not `all`"
             )
-        if extra := sorted(set(masks) - set(images)):
-            raise InputError(f"{self.source}: masks/{extra[0]}/ has no images/{extra[0]}/: name both alike")
-        if strange := [name for name in images if not re.fullmatch(r"[A-Za-z]\w*", name) or name == "all"]:
-            raise InputError(f"{images[strange[0]]}: not a name for a split: take letters, digits and _, and not `all`")
-        return {split: _find(split, images[split], self.source / "masks" / split) for split in images}
+        return {split: _find(self.source, split, f"{root}/images/{split}", f"{root}/masks/{split}") for split in splits}
 
 
-def _find(split: str, image_folder: Path, mask_folder: Path) -> FoundSplit:
-    if mask_folder.is_dir():
-        return find_pairs(image_folder, mask_folder)
+def _find(source: Source, split: str, image_folder: str, mask_folder: str) -> FoundSplit:
+    if source.has(mask_folder):
+        return find_pairs(source, image_folder, mask_folder)
     if split == UNLABELLED_SPLIT:
-        return find_pairs(image_folder, None)
+        return find_pairs(source, image_folder, None)
     raise InputError(f"{mask_folder}: there is no such folder: only the split {UNLABELLED_SPLIT} may lack masks")
-
-
-def _folders(parent: Path) -> dict[str, Path]:
-    return {path.name: path for path in sorted(parent.glob("[!.]*")) if path.is_dir()}
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _encode_png(pixels: np.ndarray) -> bytes:

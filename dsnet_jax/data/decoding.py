@@ -13,6 +13,7 @@ Masks are stricter, see `decode_mask`.
 """
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from dsnet_jax.errors import InputError
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 MAX_PIXELS = 100_000_000  # Of one image: 300 MB when decoded.
+MAX_SIDE = 65_536  # Pixels. JPEG knows no more; a thin image fills a canvas many times its size.
+MAX_FILE_BYTES = 2**29  # As many bytes as the largest image has as BMP, and more.
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Pillow's own Image.open refuses large images by a limit that belongs to the whole process.
@@ -38,6 +41,24 @@ _HEADERS = {
 }
 _ORIENTATION_TAG = 0x0112
 _PNG_KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """The content of an image, a mask or a class list.
+
+    Raises:
+      InputError: it cannot be read, is a folder or a device, or has more than `MAX_FILE_BYTES`.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # Reading a pipe would wait for ever, a device find no end.
+            raise InputError(f"{path}: not a file: remove it")
+        if status.st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: {status.st_size} bytes are more than the limit of {MAX_FILE_BYTES}: remove it")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -145,6 +166,8 @@ def _open_header(data: bytes | os.PathLike, name: str) -> Image.Image:
 
 def _check_file(data: bytes, name: str, max_pixels: int):
     height, width = read_size_hw(data, name)
+    if max(height, width) > MAX_SIDE:
+        raise InputError(f"{name}: {height} x {width} pixels (height x width), a side has at most {MAX_SIDE}: cut it")
     if height * width > max_pixels:
         raise InputError(
             f"{name}: {height} x {width} pixels (height x width) are more than the limit of {max_pixels}: "

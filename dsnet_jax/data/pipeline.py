@@ -148,8 +148,10 @@ def _load_example(index: int, *, split: Split, image_scale: float) -> Example:
 def _decode(split: Split, index: int) -> tuple[Record, np.ndarray, np.ndarray | None]:
     record = split[index]
     name = _name(split, index, record)
-    image = decode_image(record.image, f"image of {name}")
-    return record, image, None if record.label is None else decode_mask(record.label, f"label of {name}")
+    pixels = record.size_hw[0] * record.size_hw[1]  # What was checked when it was prepared.
+    image = decode_image(record.image, f"image of {name}", pixels)
+    label = None if record.label is None else decode_mask(record.label, f"label of {name}", max_pixels=pixels)
+    return record, image, label
 
 
 def _name(split: Split, index: int, record: Record) -> str:

@@ -7,12 +7,13 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dsnet_jax.data.archives import open_source
 from dsnet_jax.data.builders import Camvid, Folder, SegmentationBuilder, Shapes
 from dsnet_jax.data.decoding import MAX_PIXELS
 from dsnet_jax.data.records import VERSION
@@ -40,7 +41,7 @@ def prepare(
 
     Args:
       dataset: one of `DATASETS`.
-      source: the folder with the data set's files; None for shapes, which are drawn.
+      source: the folder or the archive with the data set's files, see `archives.open_source`; None for shapes.
       root: where data sets are kept.
       name: of a `folder` data set; the others bear their own.
       skip_bad: leave out images that have a problem, and list them; otherwise any problem is an error.
@@ -55,9 +56,12 @@ def prepare(
     problems_file = target.with_name(f"{name}-problems.txt")
     if target.exists() and not (target / VERSION / "dataset_info.json").exists():
         raise InputError(f"{target}: exists, and is not a data set of this version: move it away, or change --root")
-    with _workspace(target) as workspace:
+    with (
+        _workspace(target) as workspace,
+        open_source(Path(source), workspace) if source else contextlib.nullcontext() as files,
+    ):
         new_builder = {"shapes": Shapes, "camvid": Camvid, "folder": functools.partial(Folder, name)}[dataset]
-        builder = new_builder(source and Path(source), workspace, problems_file, skip_bad, max_pixels)
+        builder = new_builder(files, workspace, problems_file, skip_bad, max_pixels)
         problems_file.unlink(missing_ok=True)  # Of an earlier run.
         splits = builder.checked_splits
         if left_out := {split: checked.left_out for split, checked in splits.items() if checked.left_out}:
@@ -70,6 +74,8 @@ def prepare(
         else:
             _write(builder, target, workspace)
             print(f"{name} is prepared in {target}")
+        if files and files.passed_over:
+            print(f"{len(files.passed_over)} members that are no files were not read: {_first(files.passed_over)}")
     print(describe(builder.spec, splits))
 
 
@@ -77,11 +83,8 @@ def _checked_name(dataset: str, source: str | None, name: str | None) -> str:
     if dataset not in DATASETS:
         raise InputError(f"data set {dataset!r} is not known: choose one of {', '.join(DATASETS)}", exit_code=2)
     if (source is None) != (dataset == "shapes"):
-        wanted = "is drawn and takes no --source" if source else "wants --source, the folder with its files"
+        wanted = "is drawn and takes no --source" if source else "wants --source, the folder or archive with its files"
         raise InputError(f"{dataset} {wanted}", exit_code=2)
-    if source is not None and not Path(source).is_dir():
-        found = "a file, not a folder: unpack it first" if Path(source).exists() else "no such folder"
-        raise InputError(f"{source}: {found}")
     if (name is None) == (dataset == "folder"):
         wanted = "bears its own name and takes no --name" if name else "wants --name, which configs will call it by"
         raise InputError(f"{dataset} {wanted}", exit_code=2)
@@ -103,7 +106,7 @@ def _workspace(target: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in folder.iterdir():
             print(f"removing what an interrupted run left in {folder}")
-            shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield folder
         finally:
@@ -151,14 +154,17 @@ def describe(spec: DatasetSpec, splits: dict[str, CheckedSplit]) -> str:
         if checked.rotated_count:
             lines.append(f"  {checked.rotated_count} ask for a rotation by EXIF: pixels are taken as they are stored")
         if checked.other_files:
-            names = ", ".join(checked.other_files[:LISTED]) + (", ..." if len(checked.other_files) > LISTED else "")
-            lines.append(f"  {len(checked.other_files)} other files were not read: {names}")
+            lines.append(f"  {len(checked.other_files)} other files were not read: {_first(checked.other_files)}")
     rows = {"share of pixels": list(splits)}
     for label, class_name in [*enumerate(spec.class_names), (IGNORE_LABEL, "ignored")]:
         rows[class_name] = [_share(checked.label_pixels, label) for checked in splits.values()]
     width = max(map(len, rows))
     lines += [f"  {name:{width}}" + "".join(f" {cell:>9}" for cell in cells) for name, cells in rows.items()]
     return "\n".join(lines)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
 def _range(sides: np.ndarray) -> str:

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -130,8 +129,8 @@ class ClassList:
     labels_of_colours: dict[Colour, int] | None
 
 
-def read_class_list(path: Path, name: str) -> ClassList:
-    """Reads the classes of data set `name` from a text or a JSON file.
+def parse_class_list(data: bytes, path: str, name: str) -> ClassList:
+    """The classes of data set `name` from the content of a text or a JSON file.
 
     A text file has one class a line in the order of the labels: `road`, or `road #804080` with its colour. Lines such
     as `ignore 254` or `ignore #e0e0c0` name mask values or colours that are not to be trained on. A JSON file (its name
@@ -142,8 +141,8 @@ def read_class_list(path: Path, name: str) -> ClassList:
       InputError: the file cannot be understood, or contradicts itself.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        names, colours, ignored = (_parse_json if path.suffix == ".json" else _parse_lines)(text)
+        text = data.decode("utf-8-sig")
+        names, colours, ignored = (_parse_json if path.endswith(".json") else _parse_lines)(text)
         if colours and len(colours) != len(names):
             raise ValueError(f"{len(colours)} of {len(names)} classes have a colour: give one to all or to none")
         spec = DatasetSpec(name, names, colours or voc_palette(len(names)))
@@ -151,7 +150,7 @@ def read_class_list(path: Path, name: str) -> ClassList:
         if wrong := [value for value in values if not spec.num_classes <= value <= 255]:
             raise ValueError(f"cannot ignore value {wrong[0]}: it has to be {spec.num_classes} to 255")
         return ClassList(spec, values, _labels_of_colours(colours, set(ignored) - set(values)))
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from error
 
 

@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from dsnet_jax.data.archives import Source
 from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, is_rotated
 from dsnet_jax.data.specs import IGNORE_LABEL
 from dsnet_jax.errors import InputError
@@ -87,40 +88,41 @@ class _CheckedPair:
     rotated: bool
 
 
-def find_pairs(image_folder: Path, mask_folder: Path | None) -> FoundSplit:
+def find_pairs(source: Source, image_folder: str, mask_folder: str | None) -> FoundSplit:
     """Pairs the images under a folder with the masks under another by path, extensions aside.
 
     Args:
+      source: where the folders are.
       image_folder: it and its subfolders are searched for `IMAGE_EXTENSIONS`; hidden files are passed over.
       mask_folder: likewise; None makes pairs without masks.
     """
-    images, others = _files_by_id(image_folder)
-    masks, other_masks = _files_by_id(mask_folder) if mask_folder else ({}, [])
+    images, others = _files_by_id(source, image_folder)
+    masks, other_masks = _files_by_id(source, mask_folder) if mask_folder else ({}, [])
     pairs, problems = [], []
     for id_ in sorted(images | masks):
         image, mask = images.get(id_, []), masks.get(id_, [])
         if len(image) > 1 or len(mask) > 1:
-            files = ", ".join(map(str, image if len(image) > 1 else mask))
+            files = ", ".join(image if len(image) > 1 else mask)
             problems.append(f"{id_}: {max(len(image), len(mask))} files of one name, keep one: {files}")
         elif not image:
-            problems.append(f"{mask[0]}: a mask without an image: there is no {image_folder / id_}.*")
+            problems.append(f"{mask[0]}: a mask without an image: there is no {image_folder}/{id_}.*")
         elif mask_folder and not mask:
-            problems.append(f"{image[0]}: an image without a mask: there is no {mask_folder / id_}.png")
+            problems.append(f"{image[0]}: an image without a mask: there is no {mask_folder}/{id_}.png")
         else:
-            pairs.append(Pair(id_, str(image[0]), str(mask[0]) if mask else None))
+            pairs.append(Pair(id_, image[0], mask[0] if mask else None))
     return FoundSplit(pairs, problems, others + other_masks)
 
 
-def _files_by_id(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+def _files_by_id(source: Source, folder: str) -> tuple[dict[str, list[str]], list[str]]:
     found, others = defaultdict(list), []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
+    for path in source.files(folder):
+        inside = PurePosixPath(path).relative_to(folder)
+        if any(part.startswith(".") for part in inside.parts):
             continue
-        if path.suffix.lower() in IMAGE_EXTENSIONS:
-            found[inside.with_suffix("").as_posix()].append(path)
+        if inside.suffix.lower() in IMAGE_EXTENSIONS:
+            found[str(inside.with_suffix(""))].append(path)
         else:
-            others.append(str(path))
+            others.append(path)
     return dict(found), others
 
 

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dsnet_jax.data import builders
+from dsnet_jax.data.archives import FolderSource
 from dsnet_jax.data.builders import Camvid, Folder, Shapes
 from dsnet_jax.data.decoding import decode_image, decode_mask
 from dsnet_jax.data.records import open_split
@@ -45,8 +46,8 @@ def source(tmp_path):
     return source
 
 
-def build(builder_class, root, *args):
-    builder = builder_class(*args, root, root / "problems.txt")
+def build(builder_class, root, source):
+    builder = builder_class(source and FolderSource(source), root, root / "problems.txt")
     builder.download_and_prepare()
     return builder
 
@@ -160,7 +161,7 @@ def test_the_fingerprint_changes_with_the_content_alone(source, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_prepared_is_noticed(source, tmp_path):
-    builder = Folder("town", source, tmp_path / "root", tmp_path / "problems.txt")
+    builder = Folder("town", FolderSource(source), tmp_path / "root", tmp_path / "problems.txt")
     assert builder.checked_splits
     save(source / "masks" / "train" / "1.png", 2 - labels_of(1))
     with pytest.raises(InputError, match=r"1\.png: it or its mask changed while being prepared"):

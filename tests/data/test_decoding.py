@@ -212,6 +212,14 @@ def test_the_pixel_limit_can_be_chosen():
         decode_mask(encode(IMAGE[..., 0]), "a", max_pixels=24 * 36 - 1)
 
 
+@pytest.mark.parametrize("size_hw", [(1, 65_537), (65_537, 1)])
+def test_an_image_that_is_too_thin_is_refused_from_its_header(size_hw):
+    with pytest.raises(InputError, match=r"street/7: \d+ x \d+ pixels .*, a side has at most 65536"):
+        decode_image(raw_png(*size_hw, 8, 0), "street/7")
+    with pytest.raises(InputError, match="street/7: damaged"):  # The size is accepted; there are no pixels.
+        decode_image(raw_png(*(side - side // 65_537 for side in size_hw), 8, 0), "street/7")
+
+
 def test_an_image_beyond_opencv_s_own_limit_is_refused_by_name():
     with pytest.raises(InputError, match="street/7: damaged"):
         decode_image(raw_png(40_000, 40_000, 8, 2), "street/7", max_pixels=10**12)

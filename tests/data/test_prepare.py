@@ -338,8 +338,9 @@ def test_a_root_that_cannot_be_made_is_an_error_with_its_name(source):
         prepare_town(source, source / "classes.txt")
 
 
-def test_a_source_that_is_no_folder_is_refused(source, root):
-    with pytest.raises(InputError, match="nowhere: no such folder"):
+def test_a_source_that_is_neither_a_folder_nor_an_archive_is_refused(source, root):
+    with pytest.raises(InputError, match="nowhere: no such folder or file"):
         prepare_town(source / "nowhere", root)
-    with pytest.raises(InputError, match=r"classes\.txt: a file, not a folder: unpack it first"):
+    with pytest.raises(InputError, match=r"classes\.txt: neither a folder nor a \.tar, \.tar\.gz \(\.tgz\) or \.zip"):
         prepare_town(source / "classes.txt", root)
+    assert list(root.iterdir()) == []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsnet_jax.data.archives import FolderSource
 from dsnet_jax.data.decoding import decode_mask
 from dsnet_jax.data.validation import FoundSplit, Pair, check_splits, content_digest, find_pairs
 from dsnet_jax.errors import InputError
@@ -36,7 +37,7 @@ def data(tmp_path):
 
 
 def find(data):
-    return find_pairs(data / "images", data / "masks")
+    return find_pairs(FolderSource(data), f"{data}/images", f"{data}/masks")
 
 
 def check(data, skip_bad=False, **options):
@@ -122,7 +123,7 @@ def test_files_that_are_no_images_are_named_and_hidden_ones_passed_over(data):
 
 
 def test_without_a_mask_folder_every_image_is_a_pair_without_mask(data):
-    found = find_pairs(data / "images", None)
+    found = find_pairs(FolderSource(data), f"{data}/images", None)
     assert [(pair.id, pair.mask) for pair in found.pairs] == [(str(i), None) for i in range(4)]
     checked = check_splits(
         {"test": found}, lambda pair: Path(pair.image).read_bytes(), lambda _: None, NUM_CLASSES, data / "p.txt"
