@@ -1,4 +1,4 @@
-"""Devices and processes: the only file that knows about them.
+"""Devices, and how arrays lie on them.
 
 There is one mesh with one axis, `data`: batches are split over it, everything else is whole on every device. The code
 is the same for one device and for a pod, for one process and for many.
@@ -49,20 +49,3 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's part of a batch, [b, ...] each, as global arrays [b * processes, ...] split over the mesh."""
     sharding = split_by_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-
-def sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    """The sum of every process's array, int64, exact; the array itself where there is one process."""
-    if jax.process_count() == 1:
-        return counts
-    from jax.experimental import multihost_utils
-
-    # Split in halves of 31 bits: arrays that travel between processes are 32 bits wide unless x64 is on.
-    halves = np.stack([counts >> 31, counts & 0x7FFFFFFF]).astype(np.uint32)
-    gathered = multihost_utils.process_allgather(halves).astype(np.int64).sum(axis=0)
-    return (gathered[0] << 31) + gathered[1]
-
-
-def is_main_process() -> bool:
-    """True in the one process that writes files and prints."""
-    return jax.process_index() == 0

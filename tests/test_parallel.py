@@ -1,8 +1,4 @@
-"""Meshes, shardings and sums over processes."""
-
-import socket
-import subprocess
-import sys
+"""Meshes and shardings."""
 
 import jax
 import numpy as np
@@ -34,59 +30,6 @@ def test_replicated_arrays_are_whole_on_every_device():
     mesh = parallel.global_mesh()
     array = jax.device_put(np.arange(6.0), parallel.replicated(mesh))
     assert [shard.data.shape for shard in array.addressable_shards] == [(6,)] * 8
-
-
-def test_one_process_sums_to_its_own_counts_and_is_the_main_one():
-    counts = np.array([[2**40 + 1, 0]])
-    assert parallel.sum_over_processes(counts) is counts
-    assert parallel.is_main_process()
-
-
-TWO_PROCESSES = """
-import sys
-import jax
-import numpy as np
-
-process, port = int(sys.argv[1]), sys.argv[2]
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
-
-from dsnet_jax import parallel
-
-counts = np.array([[2**62 // 2 - 1, 2**31 - 1, 2**31, 2**32 + 5], [0, 1, 2**53 + 1, 7]], np.int64) + process
-summed = parallel.sum_over_processes(counts)
-assert summed.dtype == np.int64
-np.testing.assert_array_equal(summed, 2 * (counts - process) + 1)
-
-mesh = parallel.global_mesh()
-assert mesh.size == 4 and parallel.local_mesh().size == 2
-batch = parallel.put_batch(mesh, {"x": np.full((2, 3), process, np.float32)})["x"]
-assert batch.shape == (4, 3)
-mean = jax.jit(lambda x: x.mean(), out_shardings=parallel.replicated(mesh))(batch)
-assert float(mean.addressable_data(0)) == 0.5, mean  # Over the batch of both.
-
-assert parallel.is_main_process() == (process == 0)
-jax.distributed.shutdown()
-"""
-
-
-def test_two_processes_share_a_mesh_and_sum_counts_beyond_32_and_53_bits():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(index), port], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
 
 @pytest.fixture
