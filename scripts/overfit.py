@@ -68,9 +68,10 @@ def load_batch(split, indices: np.ndarray, config: ConfigDict) -> dict[str, jax.
 def fit_network(model: nn.Module, batch: dict[str, jax.Array], config: ConfigDict, steps: int) -> jax.Array:
     """Trains on the batch alone and returns the logits of evaluation, float32 [B, h, w, K]."""
     schedule = poly_schedule(config.optimizer.base_lr, config.optimizer.poly_power, steps)
-    optimizer = sgd(schedule, config.optimizer.momentum, 0.0, True, 1.0, 1.0, config.optimizer.offset_lr_multiplier)
+    optimizer = sgd(config.optimizer.momentum, 0.0, True, 1.0, 1.0, config.optimizer.offset_lr_multiplier)
     state = jax.jit(lambda: initial_state(model, optimizer, config.seed))()
     step = jax.jit(make_train_step(model, optimizer, schedule, config.seed, 0.0), donate_argnums=0)
+    batch = batch | {"stop_requested": jnp.zeros(1, jnp.int32)}
     for _ in track(range(steps), "fitting the network"):
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)

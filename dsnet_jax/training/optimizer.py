@@ -10,7 +10,6 @@ def poly_schedule(base_lr: float, poly_power: float, steps: int) -> optax.Schedu
 
 
 def sgd(
-    schedule: optax.Schedule,
     momentum: float,
     weight_decay: float,
     decay_norm_and_bias: bool,
@@ -20,8 +19,10 @@ def sgd(
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent as `torch.optim.SGD` defines it: the momentum holds gradients, not steps.
 
+    It gives the direction, of which the train step goes the learning rate's multiple, downhill. It counts no steps of
+    its own: the rate is a function of the state's, also after steps that were skipped.
+
     Args:
-      schedule: learning rate by step.
       momentum: share of the old direction that stays.
       weight_decay: added to the gradient, times the parameter.
       decay_norm_and_bias: False leaves batch normalisation's parameters and all biases out of weight decay.
@@ -47,5 +48,4 @@ def sgd(
         optax.add_decayed_weights(weight_decay, mask=decayed),
         optax.trace(momentum),
         optax.stateless(scale_parts),
-        optax.scale_by_learning_rate(schedule),
     )

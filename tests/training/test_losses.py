@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsnet_jax import parallel
-from dsnet_jax.training.losses import cross_entropy
+from dsnet_jax.training.losses import cross_entropy, labelled_pixels
 
 CLASSES = 5
 
@@ -90,6 +90,17 @@ def test_another_ignore_label_can_be_given():
     logits, labels = batch()
     moved = np.where(labels == 255, 77, labels).astype(np.uint8)
     assert cross_entropy(logits, moved, ignore_label=77) == cross_entropy(logits, labels)
+    assert labelled_pixels(moved, ignore_label=77) == labelled_pixels(labels) == (labels != 255).sum()
+
+
+def test_the_shares_of_unequal_parts_add_up_to_the_loss_of_the_whole():
+    """In which the second image has seven labelled pixels at most, and the fourth and fifth none."""
+    logits, labels = batch(labelled=(True, True, True, False, False))
+    labels[1, 1:] = 255
+    pixels = labelled_pixels(labels)
+    shares = [cross_entropy(logits[i : i + 1], labels[i : i + 1], pixels) for i in range(5)]
+    np.testing.assert_allclose(sum(shares), by_hand(logits, labels), rtol=1e-6)
+    assert shares[3] == shares[4] == 0
 
 
 def test_the_mean_is_over_the_global_batch_when_devices_have_unequally_many_labelled_pixels():
