@@ -4,13 +4,15 @@ JAX is imported by the subcommands that compute, not before: `dsnet --help` answ
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from dsnet_jax.errors import InputError
+from dsnet_jax.stopping import Stopped, raising
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,33 +32,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: of the command line, without the program's name; None: those of this process.
 
     Returns:
-      The exit code: 0, 1 for input that cannot be used, 2 for a command line that cannot, 130 when interrupted,
-      141 when nobody reads the output any more.
+      The exit code: 0, 1 for input that cannot be used, 2 for a command line that cannot, 130 after Ctrl-C, 143 after
+      SIGTERM, 141 when nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
     try:
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-            nearest = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
-            raise InputError(f"unknown command {arguments[0]!r}: {hint}", exit_code=2)
-        options, rest = _parser().parse_known_args(arguments)
-        if rest and not options.takes_config:
-            raise InputError(f"unknown argument {rest[0]!r} (see dsnet {options.command} --help)", exit_code=2)
-        options.config_flags = rest
-        _mark_absl_flags_parsed()
-        return COMMANDS[options.command](options) or 0
+        with raising():
+            return _run(arguments)
     except InputError as error:
-        if debug:
+        if "--debug" in arguments:
             raise
         print(f"dsnet: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("dsnet: interrupted; the same command goes on from what was saved", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        print(f"dsnet: {stopped}; the same command goes on from what was saved", file=sys.stderr)
+        return stopped.exit_code
     except BrokenPipeError:  # Whoever read our output has seen enough, as in `dsnet prepare shapes | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+        raise InputError(f"unknown command {arguments[0]!r}: {hint}", exit_code=2)
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and not options.takes_config:
+        raise InputError(f"unknown argument {rest[0]!r} (see dsnet {options.command} --help)", exit_code=2)
+    options.config_flags = rest
+    _mark_absl_flags_parsed()
+    return COMMANDS[options.command](options) or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "dsnet prepare camvid --source=/data/CamVid",
     )
     prepare.add_argument("data_set", choices=("shapes", "camvid", "folder"), help="what is prepared")
-    prepare.add_argument("--source", help="folder of the images and masks; shapes needs none")
+    prepare.add_argument("--source", help="folder, .tar, .tar.gz or .zip of the images and masks; shapes needs none")
     prepare.add_argument("--root", default="datasets", help="where prepared data sets lie (default: %(default)s)")
     prepare.add_argument("--name", help="name of a `folder` data set, as config.data.name refers to it")
     prepare.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them")
@@ -94,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         takes_config=True,
     )
     train.add_argument("--workdir", required=True, help="folder of the run: config, metrics, checkpoints")
+    _add_process_flags(train)
 
     evaluate = add(
         "evaluate",
@@ -103,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint_flags(evaluate)
     evaluate.add_argument("--split", help="split of the data set (default: config.data.eval_split)")
     evaluate.add_argument("--root", help="where prepared data sets lie (default: config.data.root)")
+    _add_process_flags(evaluate)
 
     predict = add(
         "predict",
@@ -111,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_checkpoint_flags(predict)
     predict.add_argument("--output", required=True, help="folder for the predictions")
+    predict.add_argument(
+        "--max-pixels", type=int, help="refuse images that need a larger canvas (default: 4096 x 3072)"
+    )
     predict.add_argument("inputs", nargs="+", help="images, and folders of images")
 
     inspect = add(
@@ -126,6 +137,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, as given to `dsnet train`")
     parser.add_argument("--step", type=_step, help="step of the checkpoint, or `best` (default: the last)")
+
+
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hosts",
+        help="hosts that run this command together, as node0:8476,node1 (default: what SLURM, Cloud TPU or GKE say)",
+    )
+    parser.add_argument("--process", type=int, help="which of --hosts this is (default: found by name and address)")
 
 
 def _step(text: str) -> int | str:
@@ -165,7 +184,24 @@ def _train(options: argparse.Namespace) -> None:
     from dsnet_jax.training.loop import train
 
     parallel.configure()
-    train(config, options.workdir)
+    with _together(options):
+        train(config, options.workdir)
+
+
+@contextlib.contextmanager
+def _together(options: argparse.Namespace) -> Iterator[None]:
+    """Within, this process computes with those of the same command on other machines, if there are any."""
+    from dsnet_jax import processes
+
+    processes.join(options.hosts, options.process)
+    try:
+        yield
+    except (InputError, Stopped) as end:
+        if processes.count() > 1:  # Otherwise `main` tells it.
+            print(f"dsnet: {end}", file=sys.stderr)
+            processes.report_failure(str(end).splitlines()[0], end.exit_code)
+        raise
+    processes.leave()
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -173,7 +209,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from dsnet_jax.evaluation.evaluate import evaluate_run
 
     parallel.configure()
-    evaluate_run(options.workdir, options.step, options.split, options.root)
+    with _together(options):
+        evaluate_run(options.workdir, options.step, options.split, options.root)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -181,7 +218,8 @@ def _predict(options: argparse.Namespace) -> int:
     from dsnet_jax.evaluation.predict import predict_files
 
     parallel.configure()
-    return 1 if predict_files(options.workdir, options.step, options.inputs, options.output) else 0
+    limit = {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
+    return 1 if predict_files(options.workdir, options.step, options.inputs, options.output, **limit) else 0
 
 
 def _inspect(options: argparse.Namespace) -> None:

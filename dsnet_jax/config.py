@@ -27,7 +27,7 @@ def default_config() -> ConfigDict:
     data.eval_split = "val"
     data.image_scale = 1.0  # Working resolution: images are resized by this factor before everything else, in training,
     #                         evaluation and prediction. Scores are still taken at the labels' own size.
-    data.crop_size_hw = (512, 512)  # Training crop, pixels.
+    data.crop_size_hw = (512, 512)  # Training crop, pixels: multiples of model.output_stride.
     data.scale_range = (0.5, 2.0)  # Random scale: a factor on the image, drawn uniformly.
     data.flip_probability = 0.5  # Of a horizontal flip.
     data.batch_size = 32  # Images a step, over all devices and processes.
@@ -63,6 +63,13 @@ def default_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.epochs = 80
+    training.accumulation_steps = (
+        1  # A batch goes through the network in so many parts, one after another; the gradient
+    )
+    #                                  is that of the whole batch, batch norm's statistics are those of each part.
+    training.ema_decay = 0.0  # Of an exponential moving average of the weights, per step, which is then what is
+    #                           evaluated; 0: none.
+    training.max_skipped_in_a_row = 5  # Steps that are not finite are skipped; after so many in a row the run stops.
     training.log_every_steps = 50
     training.checkpoint_every_steps = 500
     training.evaluate_every_epochs = 10  # And after the last.
@@ -90,12 +97,27 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
     "optimizer.head_lr_multiplier": (0, 1000),
     "optimizer.offset_lr_multiplier": (0, 1000),
     "training.epochs": (1, 10**9),
+    "training.accumulation_steps": (1, 10**6),
+    "training.ema_decay": (0, 0.999999),
+    "training.max_skipped_in_a_row": (1, 10**9),
     "training.log_every_steps": (1, 10**9),
     "training.checkpoint_every_steps": (1, 10**9),
     "training.evaluate_every_epochs": (1, 10**9),
     "evaluation.batch_size": (1, 10**6),
     "evaluation.overlays": (0, 10**6),
 }
+
+FREE_FIELDS = (  # May change while a run is under way: they do not change which weights it ends with.
+    "data.root",
+    "data.worker_count",
+    "data.read_threads",
+    "training.max_skipped_in_a_row",
+    "training.log_every_steps",
+    "training.checkpoint_every_steps",
+    "training.evaluate_every_epochs",
+    "evaluation.batch_size",
+    "evaluation.overlays",
+)
 
 
 def load_config(arguments: list[str]) -> ConfigDict:
@@ -136,6 +158,13 @@ def _check_values(config: ConfigDict) -> None:
     crop_size_hw, scale_range = fields["data.crop_size_hw"], fields["data.scale_range"]
     if len(crop_size_hw) != 2 or not all(isinstance(side, int) for side in crop_size_hw):
         raise InputError(f"config.data.crop_size_hw is {crop_size_hw}: height and width are needed", exit_code=2)
+    stride = fields["model.output_stride"]
+    if any(side % stride for side in crop_size_hw):
+        raise InputError(
+            f"config.data.crop_size_hw is {crop_size_hw}: multiples of config.model.output_stride ({stride}) are "
+            "needed, so that feature maps lie on crops as on whole images",
+            exit_code=2,
+        )
     if len(scale_range) != 2 or scale_range[0] > scale_range[1]:
         raise InputError(f"config.data.scale_range is {scale_range}: the least and the largest are needed", exit_code=2)
 
@@ -159,14 +188,14 @@ def from_json(text: str, file: str) -> ConfigDict:
     return config
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """One line for each field that differs: `model.width: 256 -> 128`."""
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
+    """By name, a line for each field that differs: `model.width: 256 -> 128`."""
     old_fields, new_fields = _flat(old.to_dict()), _flat(new.to_dict())
-    return [
-        f"{name}: {old_fields[name]} -> {new_fields[name]}"
+    return {
+        name: f"{name}: {old_fields[name]} -> {new_fields[name]}"
         for name in old_fields
         if old_fields[name] != new_fields[name]
-    ]
+    }
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,16 +1,12 @@
-"""A config made into its parts, and the folder that remembers it."""
+"""A config made into its parts."""
 
-import json
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from etils import epath
 from ml_collections import ConfigDict
 
-from dsnet_jax.config import differences, from_json, to_json
-from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 from dsnet_jax.models.dsnet import DSNet
 from dsnet_jax.models.fcn import FCN
@@ -101,49 +97,3 @@ def steps_per_epoch(config: ConfigDict, records: int) -> int:
             f"{records} images: choose a smaller batch"
         )
     return records // batch_size
-
-
-def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec) -> None:
-    """Writes `config.json` and `dataset.json` into a new workdir, or checks that they are those of an old one.
-
-    Raises:
-      InputError: the workdir holds a run of another config, and the message lists what differs; or of other classes.
-    """
-    workdir = epath.Path(workdir)
-    file = workdir / "config.json"
-    if file.exists():
-        different = differences(from_json(file.read_text(), str(file)), config)
-        if different:
-            raise InputError(
-                f"{workdir} holds a run of another config: give another --workdir, or the old config again; "
-                "what differs (old -> new):\n" + "\n".join(different)
-            )
-        if _read_spec(workdir) != spec:
-            raise InputError(
-                f"{workdir} holds a run on other classes or colours than {spec.name} has now: give another --workdir, "
-                "or prepare the old data set again"
-            )
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "dataset.json").write_text(json.dumps(spec.to_json(), indent=2) + "\n")
-        file.write_text(to_json(config))  # Last: it says that the folder is claimed.
-    except OSError as error:
-        raise InputError(f"{workdir} cannot be written ({error.strerror}): give another --workdir") from error
-
-
-def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
-    """The config and the classes of the run in a workdir.
-
-    Raises:
-      InputError: there is none.
-    """
-    workdir = epath.Path(workdir)
-    if not (workdir / "config.json").exists():
-        raise InputError(f"{workdir} holds no run (config.json is missing): give the --workdir of `dsnet train`")
-    config = from_json((workdir / "config.json").read_text(), f"{workdir}/config.json")
-    return config, _read_spec(workdir)
-
-
-def _read_spec(workdir: epath.Path) -> DatasetSpec:
-    return DatasetSpec.from_json(json.loads((workdir / "dataset.json").read_text()))

@@ -21,9 +21,10 @@ from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.config import default_config
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.records import open_split
-from dsnet_jax.experiment import build_model, claim_workdir
+from dsnet_jax.experiment import build_model
 from dsnet_jax.models.layers import ConvNormRelu, max_pool
 from dsnet_jax.models.resnet import RESNETS, BasicBlock
+from dsnet_jax.workdir import claim_workdir, locked_workdir
 
 TESTS = Path(__file__).parent
 
@@ -195,8 +196,10 @@ def random_run(small_config, rooms, random_variables, tmp_path) -> Path:
     spec = open_split(str(rooms), "rooms", "val").spec
     network = build_model(small_config.model, spec.num_classes)
     variables = random_variables(network, np.zeros((1, 64, 64, 3), np.float32), train=False, seed=7)
-    claim_workdir(tmp_path / "run", small_config, spec)
+    with locked_workdir(tmp_path / "run"):
+        claim_workdir(tmp_path / "run", small_config, spec)
     checkpoints = Checkpoints(tmp_path / "run")
-    checkpoints.save(7, {"variables": jax.device_put(variables)}, {}, miou=0.5)
+    checkpoints.save(7, {"variables": jax.device_put(variables)}, {})
+    checkpoints.record_score(7, 0.5)
     checkpoints.close()
     return tmp_path / "run"

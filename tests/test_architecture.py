@@ -13,19 +13,23 @@ MAX_LINES = 350
 # Part of dsnet_jax -> the parts that it may import, itself aside. The leaves, which anyone may import, import nobody.
 LEAVES = {"errors", "progress"}
 MODEL = {"models", "ops"}
-RUN = {"config", "data", "experiment", "checkpoints", "parallel"} | MODEL
+RUN = {"config", "data", "experiment", "workdir", "checkpoints", "parallel", "processes", "stopping"} | MODEL
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
     "config": set(),
     "parallel": set(),
+    "processes": set(),
+    "stopping": set(),
+    "integrity": set(),
     "ops": set(),
     "models": {"ops"},
     "data": {"config"},
     "experiment": {"config", "data"} | MODEL,
-    "checkpoints": {"config"} | MODEL,
-    "summary": RUN - {"checkpoints", "parallel"},
-    "weights": RUN - {"parallel"},
+    "workdir": {"config", "data"},
+    "checkpoints": {"config", "integrity", "workdir"} | MODEL,
+    "summary": {"config", "data", "experiment"} | MODEL,
+    "weights": {"config", "data", "experiment", "workdir", "checkpoints"} | MODEL,
     "evaluation": RUN,
     "training": {"evaluation", "weights"} | RUN,
     "plan": {"training", "evaluation", "weights"} | RUN,

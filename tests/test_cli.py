@@ -1,7 +1,10 @@
 """The `dsnet` command: what it says, and what it gives back."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,10 +141,26 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
         cli.main(["evaluate", "--workdir=x"])
 
 
-def test_an_interrupt_gives_130_and_no_traceback(monkeypatch, capsys):
-    failing(monkeypatch, KeyboardInterrupt())
-    assert cli.main(["evaluate", "--workdir=x"]) == 130
-    assert capsys.readouterr().err.startswith("dsnet: interrupted")
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_gives_its_exit_code_and_one_line(number, exit_code, monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", lambda options: os.kill(os.getpid(), number))
+    assert cli.main(["evaluate", "--workdir=runs/a"]) == exit_code
+    error = capsys.readouterr().err
+    assert error == f"dsnet: stopped by {number.name}; the same command goes on from what was saved\n"
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_data_set_whose_preparation_is_stopped_is_not_there(number, exit_code, tmp_path):
+    command = [sys.executable, "-m", "dsnet_jax", "prepare", "shapes", f"--root={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob(".shapes.incomplete/*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert errors == f"dsnet: stopped by {number.name}; the same command goes on from what was saved\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_code_that_a_command_gives_is_the_codes_of_the_program(monkeypatch):

@@ -35,7 +35,7 @@ def test_a_config_file_changes_the_default_and_the_command_line_changes_the_file
     assert config.model.backbone == "resnet18"  # The file's, not the default's.
     assert config.optimizer.base_lr == 0.5
     assert config.data.crop_size_hw == (64, 96)
-    assert differences(default_config(), load_config([QUICKSTART])) != []
+    assert differences(default_config(), load_config([QUICKSTART])) != {}
 
 
 def test_the_flag_and_its_file_may_be_two_words():
@@ -152,8 +152,11 @@ def test_json_that_is_no_config_is_refused_with_its_file(text, message):
 def test_differences_name_each_field_with_both_values():
     old, new = default_config(), default_config()
     new.model.width, new.data.crop_size_hw = 128, (64, 64)
-    assert differences(old, new) == ["data.crop_size_hw: (512, 512) -> (64, 64)", "model.width: 256 -> 128"]
-    assert differences(old, default_config()) == []
+    assert differences(old, new) == {
+        "data.crop_size_hw": "data.crop_size_hw: (512, 512) -> (64, 64)",
+        "model.width": "model.width: 256 -> 128",
+    }
+    assert differences(old, default_config()) == {}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -1,16 +1,12 @@
-"""A config made into a network and step counts, and the folder that remembers which config it was."""
-
-import dataclasses
-import json
+"""A config made into a network and step counts."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dsnet_jax.config import default_config
-from dsnet_jax.data.specs import CAMVID, SHAPES
 from dsnet_jax.errors import InputError
-from dsnet_jax.experiment import CHOICES, build_model, claim_workdir, open_workdir, steps_per_epoch
+from dsnet_jax.experiment import CHOICES, build_model, steps_per_epoch
 
 
 def model_config(**fields):
@@ -106,50 +102,3 @@ def test_a_batch_of_one_is_refused():
     config.data.batch_size = 1
     with pytest.raises(InputError, match="batch_size is 1"):
         steps_per_epoch(config, 100)
-
-
-def test_a_workdir_remembers_its_config_and_classes(tmp_path):
-    config = default_config()
-    config.model.width = 64
-    claim_workdir(tmp_path / "runs" / "a", config, CAMVID)
-    assert open_workdir(tmp_path / "runs" / "a") == (config, CAMVID)
-
-
-def test_a_workdir_takes_its_own_config_again_and_refuses_another_naming_every_field(tmp_path):
-    config = default_config()
-    claim_workdir(tmp_path, config, SHAPES)
-    claim_workdir(tmp_path, config, SHAPES)
-    other = default_config()
-    other.seed, other.data.crop_size_hw = 1, (64, 64)
-    with pytest.raises(InputError) as raised:
-        claim_workdir(tmp_path, other, SHAPES)
-    assert str(raised.value).splitlines()[1:] == ["data.crop_size_hw: (512, 512) -> (64, 64)", "seed: 0 -> 1"]
-    assert open_workdir(tmp_path)[0] == config
-
-
-@pytest.mark.parametrize("change", [{"class_names": SHAPES.class_names[::-1]}, {"palette": SHAPES.palette[::-1]}])
-def test_a_workdir_refuses_other_classes_and_other_colours(tmp_path, change):
-    claim_workdir(tmp_path, default_config(), SHAPES)
-    with pytest.raises(InputError, match="other classes or colours than shapes has now"):
-        claim_workdir(tmp_path, default_config(), dataclasses.replace(SHAPES, **change))
-
-
-def test_a_workdir_that_cannot_be_written_is_an_error_in_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
-        claim_workdir(tmp_path / "file" / "run", default_config(), SHAPES)
-
-
-def test_a_folder_without_a_run_is_refused_and_not_made(tmp_path):
-    with pytest.raises(InputError, match=r"config\.json is missing"):
-        open_workdir(tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()
-
-
-def test_a_config_with_a_field_that_this_version_does_not_know_is_named_with_its_file(tmp_path):
-    claim_workdir(tmp_path, default_config(), SHAPES)
-    fields = json.loads((tmp_path / "config.json").read_text())
-    fields["model"]["attention_heads"] = 4
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(InputError, match=r"config\.json: unknown field 'attention_heads'"):
-        open_workdir(tmp_path)

@@ -1,6 +1,7 @@
 """Scores a network on a split, during training or from the folder of a run."""
 
 import dataclasses
+import signal
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from dsnet_jax import parallel
+from dsnet_jax import parallel, processes
 from dsnet_jax.data.pipeline import Example, evaluation_examples
 from dsnet_jax.data.records import Split, open_split
 from dsnet_jax.errors import InputError
@@ -18,6 +19,7 @@ from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.progress import track
+from dsnet_jax.stopping import Request, Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Evaluation:
     shown: list[tuple[Example, np.ndarray]]
 
 
-def evaluate(model: nn.Module, variables: Any, split: Split, config: ConfigDict, show: int = 0) -> Evaluation:
+def evaluate(
+    model: nn.Module, variables: Any, split: Split, config: ConfigDict, show: int = 0, stop: Request | None = None
+) -> Evaluation:
     """Predicts every image of a split at single scale and counts its labelled pixels in one confusion matrix.
 
     Every process takes its share of the images; the counts are the same in all of them, and `shown` has each its own.
@@ -50,19 +54,23 @@ def evaluate(model: nn.Module, variables: Any, split: Split, config: ConfigDict,
       split: a split with labels.
       config: of the experiment: data.image_scale, data.read_threads, evaluation.batch_size.
       show: how many examples to keep for looking at.
+      stop: looked at after every batch; None: nobody asks.
 
     Raises:
       InputError: the split has no labels.
+      Stopped: this process, or another, was told to stop. All processes raise it, soon.
       RuntimeError: the number of images scored is not the split's.
     """
-    process, processes = jax.process_index(), jax.process_count()
+    index, count = jax.process_index(), jax.process_count()
     segmenter = Segmenter(model, variables, parallel.local_mesh())
     wanted = set(np.linspace(0, len(split) - 1, min(show, len(split)), dtype=int).tolist())
     images, padding, computed, true = 0, 0, 0, 0
     matrix = np.zeros((split.spec.num_classes,) * 2, np.int64)
     shown = []
-    examples = evaluation_examples(split, config.data.image_scale, process, processes, config.data.read_threads)
-    examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(range(process, len(split), processes)))
+    examples = evaluation_examples(split, config.data.image_scale, index, count, config.data.read_threads)
+    if processes.is_main_process():
+        examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(range(index, len(split), count)))
+    told = 0
     for batch, labels, counts in segmenter.run(examples, config.evaluation.batch_size):
         if counts is None:
             raise InputError(
@@ -75,12 +83,27 @@ def evaluate(model: nn.Module, variables: Any, split: Split, config: ConfigDict,
         true += sum(example.image[..., 0].size for example in batch.examples)
         if any(example.index in wanted for example in batch.examples):
             shown += [(example, part) for example, part in batch.cropped(labels) if example.index in wanted]
-    sums = parallel.sum_over_processes(np.array([images, padding, computed, true], np.int64))
-    images, padding, computed, true = sums.tolist()
+        if told := _asked_to_stop(stop):
+            break
+    # Those that were not stopped wait here for those that were.
+    sums = processes.sum_over_processes(np.array([images, padding, computed, true, told], np.int64))
+    images, padding, computed, true, signals = sums.tolist()
+    if signals:
+        raise Stopped(told or signal.SIGTERM)
     if images != len(split):
         raise RuntimeError(f"{images} images were scored, split {split.name} of {split.spec.name} has {len(split)}")
     shown.sort(key=lambda pair: pair[0].index)
-    return Evaluation(parallel.sum_over_processes(matrix), images, padding, computed / true, shown)
+    return Evaluation(processes.sum_over_processes(matrix), images, padding, computed / true, shown)
+
+
+def _asked_to_stop(stop: Request | None) -> int:
+    """The signal that asked this process to stop, or SIGTERM where another was asked; 0 if none was."""
+    if stop is None:
+        return 0
+    if stop.signal:
+        processes.request_stop()
+        return stop.signal
+    return signal.SIGTERM if processes.stop_requested_elsewhere() else 0
 
 
 def evaluate_run(
@@ -108,7 +131,7 @@ def evaluate_run(
             f"{data.spec.num_classes}, or others: prepare the data set as it was"
         )
     found = evaluate(trained.model, trained.variables, data, config, config.evaluation.overlays)
-    if not parallel.is_main_process():
+    if not processes.is_main_process():
         return
     results = reports.summarise(
         found.matrix,

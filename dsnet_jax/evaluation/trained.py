@@ -12,7 +12,8 @@ from dsnet_jax import parallel
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
-from dsnet_jax.experiment import build_model, initial_variables, open_workdir
+from dsnet_jax.experiment import build_model, initial_variables
+from dsnet_jax.workdir import open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Trained:
       config: of the experiment.
       spec: the classes that it was trained on.
       model: the network.
-      variables: its params and batch_stats.
+      variables: its params and batch_stats; their moving averages where the run has them.
       step: of the checkpoint.
     """
 
@@ -54,7 +55,8 @@ def load_trained(workdir: epath.PathLike, step: int | str | None = None) -> Trai
     like = jax.eval_shape(lambda: initial_variables(model))
     sharding = parallel.replicated(parallel.local_mesh())
     like = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), like)
-    trees, _ = checkpoints.restore({"variables": like}, step)
+    tree = "averages" if config.training.ema_decay else "variables"
+    trees, _ = checkpoints.restore({tree: like}, step)
     step = checkpoints.steps()[-1] if step is None else step
     checkpoints.close()
-    return Trained(config, spec, model, trees["variables"], step)
+    return Trained(config, spec, model, trees[tree], step)

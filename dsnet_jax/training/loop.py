@@ -1,45 +1,70 @@
 """A training run from its first step, or the one it was stopped at, to its last."""
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsnet_jax import parallel
+from dsnet_jax import parallel, processes
 from dsnet_jax.checkpoints import Checkpoints
-from dsnet_jax.data.pipeline import train_batches
-from dsnet_jax.data.records import open_split
+from dsnet_jax.data.pipeline import records_of_step, train_batches
+from dsnet_jax.data.records import Split, open_split
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.evaluate import evaluate
 from dsnet_jax.evaluation.metrics import score
-from dsnet_jax.experiment import build_model, claim_workdir, steps_per_epoch
+from dsnet_jax.experiment import build_model, steps_per_epoch
 from dsnet_jax.progress import duration
-from dsnet_jax.training.metrics_log import MetricsLog
+from dsnet_jax.stopping import Request, Stopped, deferred
+from dsnet_jax.training.memory import out_of_memory_explained
+from dsnet_jax.training.metrics_log import MetricsLog, describe, summarise
 from dsnet_jax.training.optimizer import poly_schedule, sgd
+from dsnet_jax.training.pace import Pace
 from dsnet_jax.training.step import Batch, Metrics, TrainState, initial_state, make_train_step
+from dsnet_jax.workdir import check_workdir, claim_workdir, locked_workdir
+
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains to the last step of `config`, or goes on where an earlier call with the same workdir stopped.
 
     The state comes from the newest checkpoint of the workdir if there is one, else from the seed. The data position is
-    the step, so nothing else needs to be restored.
+    the step, so nothing else needs to be restored: the run goes on bit for bit as if it had not stopped.
 
     Raises:
-      InputError: the data set, the config, the workdir or its checkpoints cannot be used, or the loss is not finite.
+      InputError: the data set, the config, the workdir or its checkpoints cannot be used; the memory does not suffice;
+        or too many steps in a row were not finite.
+      Stopped: the process was sent SIGTERM or SIGINT. The state is saved.
     """
     mesh = parallel.global_mesh()
-    if config.data.batch_size % mesh.size:
-        raise InputError(
-            f"config.data.batch_size is {config.data.batch_size}, which {mesh.size} devices cannot share equally: "
-            "choose a multiple of their number"
-        )
+    split, held_out = _open_splits(config)
+    epoch = steps_per_epoch(config, len(split))
+    _check_shares(config, mesh.size)
+    model = build_model(config.model, split.spec.num_classes)
+    with (
+        processes.main_process_first(locked_workdir(workdir)),
+        deferred() as stop,
+        out_of_memory_explained(config, mesh.size),
+    ):
+        _claim(config, workdir, split)
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            run = _Run(
+                config, workdir, split, held_out, epoch, config.training.epochs * epoch, model, checkpoints, stop
+            )
+            run.go(mesh)
+
+
+def _open_splits(config: ConfigDict) -> tuple[Split, Split]:
+    """The split to train on, and the one that is evaluated."""
     split = open_split(config.data.root, config.data.name, config.data.train_split)
     held_out = open_split(config.data.root, config.data.name, config.data.eval_split)
     if held_out[0].label is None:
@@ -47,149 +72,236 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
             f"split {held_out.name!r} of {held_out.spec.name} has no labels to score: choose another "
             "config.data.eval_split"
         )
-    epoch = steps_per_epoch(config, len(split))
-    steps = config.training.epochs * epoch
-    model = build_model(config.model, split.spec.num_classes)
-    schedule = poly_schedule(config.optimizer.base_lr, config.optimizer.poly_power, steps)
-    optimizer = sgd(schedule, **{k: v for k, v in config.optimizer.items() if k not in ("base_lr", "poly_power")})
-    claim_workdir(workdir, config, split.spec)
+    return split, held_out
 
-    checkpoints = Checkpoints(workdir)
-    provenance = {
-        "data_set": split.spec.name,
-        "split": split.name,
-        "fingerprint": split.fingerprint,
-        "records": len(split),
-        "seed": config.seed,
-        "batch_size": config.data.batch_size,
-    }
-    start_from_seed = jax.jit(
-        partial(initial_state, model, optimizer, config.seed), out_shardings=parallel.replicated(mesh)
-    )
-    if checkpoints.steps():
-        like = jax.eval_shape(start_from_seed)
+
+def _check_shares(config: ConfigDict, devices: int) -> None:
+    parts = config.training.accumulation_steps
+    if config.data.batch_size % (devices * parts):
+        raise InputError(
+            f"config.data.batch_size is {config.data.batch_size}, which {devices} devices cannot share equally"
+            + (f" in {parts} parts each (config.training.accumulation_steps)" if parts > 1 else "")
+            + f": choose a multiple of {devices * parts}"
+        )
+    if config.data.batch_size == parts:
+        raise InputError(
+            f"config.training.accumulation_steps is {parts}, which leaves a single image at a time: image pooling is "
+            "normalised over the images, 2 or more are needed"
+        )
+
+
+def _claim(config: ConfigDict, workdir: epath.PathLike, split: Split) -> None:
+    """Only the main process writes; the others see whether they were given the same config and classes."""
+    if processes.is_main_process() and (changed := claim_workdir(workdir, config, split.spec)):
+        _say(f"{workdir}: the run goes on with other fields than it began with: {'; '.join(changed)}")
+    processes.wait_for_all()
+    if not processes.is_main_process():
+        check_workdir(workdir, config, split.spec)
+
+
+def _say(line: str) -> None:
+    if processes.is_main_process():
+        print(line, flush=True)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run under way.
+
+    Attributes:
+      config, workdir, split, held_out, model, checkpoints, stop: what it is made of.
+      epoch: steps of one.
+      steps: of the whole run.
+      state: after the step that was begun last.
+      under_way: steps whose metrics are still on the devices, with those metrics; the oldest first.
+      unlogged: metrics of the steps since the last line of the log.
+    """
+
+    config: ConfigDict
+    workdir: epath.PathLike
+    split: Split
+    held_out: Split
+    epoch: int
+    steps: int
+    model: nn.Module
+    checkpoints: Checkpoints
+    stop: Request
+    state: TrainState | None = None
+    under_way: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
+    unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def go(self, mesh: Mesh) -> None:
+        schedule = poly_schedule(self.config.optimizer.base_lr, self.config.optimizer.poly_power, self.steps)
+        options = {k: v for k, v in self.config.optimizer.items() if k not in ("base_lr", "poly_power")}
+        optimizer = sgd(**options)
+        training = self.config.training
+        self.start(partial(initial_state, self.model, optimizer, self.config.seed, training.ema_decay), mesh)
+        start = int(self.state.step)
+        # A run that was stopped in an evaluation repeats it, as it has to be known which step is the best.
+        evaluated = not (start and self.evaluates_at(start)) or start in self.checkpoints.scores
+        if start >= self.steps and evaluated:
+            _say(f"{self.workdir}: all {self.steps} steps are done")
+            return
+        devices = f"{mesh.size} {jax.devices()[0].platform} device" + ("s" if mesh.size > 1 else "")
+        images = f"{self.config.data.batch_size} of {len(self.split)} images each"
+        _say(f"{self.workdir}: steps {start} to {self.steps}, {images}, on {devices}")
+        log = MetricsLog(self.workdir, start, evaluated) if processes.is_main_process() else None
+        with contextlib.closing(log) if log else contextlib.nullcontext():
+            if not evaluated:
+                self.evaluate(start, log)
+            if start < self.steps:
+                step_function = make_train_step(
+                    self.model,
+                    optimizer,
+                    schedule,
+                    self.config.seed,
+                    self.config.model.deep_supervision_weight,
+                    training.accumulation_steps,
+                    training.ema_decay,
+                )
+                self.take_steps(start, self.compile(step_function, mesh), mesh, log)
+
+    def start(self, from_seed: Callable[[], TrainState], mesh: Mesh) -> None:
+        """Sets the state: that of the newest checkpoint, or a fresh one."""
+        from_seed = jax.jit(from_seed, out_shardings=parallel.replicated(mesh))
+        if not self.checkpoints.steps():
+            self.state = from_seed()
+            return
+        like = jax.eval_shape(from_seed)
         like = jax.tree.map(lambda x: x.update(sharding=parallel.replicated(mesh)), like)
-        trees, saved_provenance = checkpoints.restore(like.to_trees())
-        _check_provenance(saved_provenance, provenance, workdir)
-        state = TrainState.from_trees(trees)
-    else:
-        state = start_from_seed()
-    start = int(state.step)
-    if start >= steps:
-        print(f"{workdir}: all {steps} steps are done")
-        checkpoints.close()
-        return
-    devices = f"{mesh.size} {jax.devices()[0].platform} device" + ("s" if mesh.size > 1 else "")
-    print(f"{workdir}: steps {start} to {steps}, {config.data.batch_size} of {len(split)} images each, on {devices}")
+        trees, saved = self.checkpoints.restore(like.to_trees())
+        now = self.provenance()
+        different = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+        if different:
+            raise InputError(
+                f"{self.workdir}: the checkpoint was trained on other data ({'; '.join(different)}): give another "
+                "--workdir, or prepare the old data set again"
+            )
+        self.state, self.unlogged = TrainState.from_trees(trees), saved["unlogged"]
 
-    step_function = jax.jit(
-        make_train_step(model, optimizer, schedule, config.seed, config.model.deep_supervision_weight),
-        donate_argnums=0,
-        in_shardings=(parallel.replicated(mesh), parallel.split_by_batch(mesh)),
-        out_shardings=parallel.replicated(mesh),
-    )
-    batches = train_batches(split, config.data, config.seed, start, steps, jax.process_index(), jax.process_count())
-    log = MetricsLog(workdir, start)
-    pace = _Pace(start, steps, config.data.batch_size)
-    not_logged: list[Metrics] = []
-    try:
-        for step, batch in enumerate(_on_devices(batches, mesh, pace), start=start + 1):
-            state, metrics = step_function(state, batch)
-            # The host stays one step ahead of the devices: the next batch is laid out while they compute.
-            if not_logged:
-                jax.block_until_ready(not_logged[-1])
-            not_logged.append(metrics)
+    def provenance(self) -> dict[str, Any]:
+        """What a run that goes on must agree with: the records of every step follow from it."""
+        return {
+            "data_set": self.split.spec.name,
+            "split": self.split.name,
+            "fingerprint": self.split.fingerprint,
+            "records": len(self.split),
+            "seed": self.config.seed,
+            "batch_size": self.config.data.batch_size,
+        }
 
-            last = step == steps
-            evaluates = last or step % (config.training.evaluate_every_epochs * epoch) == 0
-            saves = evaluates or step % config.training.checkpoint_every_steps == 0
-            if saves or step % config.training.log_every_steps == 0:
-                scalars = _drain(not_logged, step, workdir)
-                scalars |= pace.lap(step)
-                log.write(step, scalars)
-                print(_line(step, steps, epoch, scalars), flush=True)
-            miou = None
-            if evaluates:
-                scores = score(evaluate(model, state.variables, held_out, config).matrix)
-                miou = scores.miou
-                log.write(step, {"val_miou": miou, "val_pixel_accuracy": scores.pixel_accuracy})
-                print(f"step {step}: mIoU {miou:.4f}, pixel accuracy {scores.pixel_accuracy:.4f}", flush=True)
-            if saves:
-                checkpoints.save(step, state.to_trees(), provenance, miou)
-            if evaluates or saves:
-                pace.resume()
-    finally:  # Also when it is interrupted: the save under way is completed.
-        batches.close()
-        checkpoints.close()
-        log.close()
+    def compile(self, step_function: StepFunction, mesh: Mesh) -> StepFunction:
+        size, (height, width) = self.config.data.batch_size, self.config.data.crop_size_hw
+        shapes = {"image": ((size, height, width, 3), np.uint8), "label": ((size, height, width), np.uint8)}
+        shapes["stop_requested"] = ((mesh.size,), np.int32)
+        sharding = parallel.split_by_batch(mesh)
+        batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
+        replicated = parallel.replicated(mesh)
+        compiled = jax.jit(
+            step_function, donate_argnums=0, in_shardings=(replicated, sharding), out_shardings=replicated
+        )
+        began = time.monotonic()
+        compiled = compiled.lower(self.state, batch).compile()
+        _say(f"the step is compiled, in {duration(time.monotonic() - began)}")
+        return compiled
+
+    def take_steps(self, start: int, step_function: StepFunction, mesh: Mesh, log: MetricsLog | None) -> None:
+        """From step `start` to the last."""
+        pace = Pace(start, self.config.data.batch_size)
+        numbers = jax.process_index(), jax.process_count()
+        batches = train_batches(self.split, self.config.data, self.config.seed, start, self.steps, *numbers)
+        with contextlib.closing(batches):
+            for step, batch in enumerate(_on_devices(batches, mesh, pace, self.stop), start=start + 1):
+                self.state, metrics = step_function(self.state, batch)
+                self.under_way.append((step, metrics))
+                logs = step == self.steps or step % self.config.training.log_every_steps == 0
+                saves = self.evaluates_at(step) or step % self.config.training.checkpoint_every_steps == 0
+                # The host stays one step ahead of the devices: the next batch is laid out while they compute.
+                signal = self.fetch(leave=0 if logs or saves else 1)
+                if jax.process_count() == 1:  # Otherwise all have to know it, and learn it from a step's metrics.
+                    signal = self.stop.signal
+                if signal:
+                    self.fetch(leave=0)
+                if logs:
+                    scalars = summarise(self.unlogged) | pace.lap(step)
+                    self.unlogged.clear()
+                    if log:
+                        log.write(step, scalars)
+                    _say(describe(step, self.steps, self.epoch, scalars))
+                    self.checkpoints.check()
+                if saves or signal:
+                    # Before the evaluation, which may take long: the state is safe by then.
+                    about = self.provenance() | {"unlogged": [*self.unlogged]}
+                    self.checkpoints.save(step, self.state.to_trees(), about)
+                if signal:
+                    self.end(step, signal)
+                if self.evaluates_at(step):
+                    self.evaluate(step, log)
+                if saves:
+                    pace.resume()
+
+    def evaluates_at(self, step: int) -> bool:
+        return step == self.steps or step % (self.config.training.evaluate_every_epochs * self.epoch) == 0
+
+    def evaluate(self, step: int, log: MetricsLog | None) -> None:
+        """Scores the state and notes what it scored; its checkpoint is there or under way."""
+        try:
+            found = evaluate(self.model, self.state.for_evaluation, self.held_out, self.config, stop=self.stop)
+        except Stopped as stopped:
+            self.end(step, stopped.signal)
+        scores = score(found.matrix)
+        if log:  # First the line: should the run be killed between the two, it evaluates again.
+            log.write(step, {"val_miou": scores.miou, "val_pixel_accuracy": scores.pixel_accuracy})
+        self.checkpoints.record_score(step, scores.miou)
+        _say(f"step {step}: mIoU {scores.miou:.4f}, pixel accuracy {scores.pixel_accuracy:.4f}")
+
+    def end(self, step: int, signal: int) -> NoReturn:
+        """Ends the run when all processes have saved it."""
+        self.checkpoints.wait()
+        processes.wait_for_all()
+        _say(f"step {step}: saved")
+        raise Stopped(signal)
+
+    def fetch(self, leave: int) -> int:
+        """Takes the metrics of all steps but the last `leave` from the devices, and waits for these steps.
+
+        Returns:
+          The signal by which a process was told to stop; 0 for none.
+        """
+        signal = 0
+        while len(self.under_way) > leave:
+            step, metrics = self.under_way.pop(0)
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            signal = max(signal, values.pop("stop_requested"))
+            in_a_row = values.pop("skipped_in_a_row")
+            if not values.pop("finite"):
+                _say(
+                    f"step {step} is not finite and was skipped, the state keeps its value: loss {values.pop('loss')}, "
+                    f"gradient norm {values.pop('gradient_norm')}; {in_a_row} in a row, {values['skipped']} in all"
+                )
+                if in_a_row >= self.config.training.max_skipped_in_a_row:
+                    raise InputError(self.describe_skipped(step, in_a_row))
+            self.unlogged.append({name: value for name, value in values.items() if np.isfinite(value)})
+        return signal
+
+    def describe_skipped(self, last: int, count: int) -> str:
+        lines = [
+            f"{self.workdir}: steps {last - count + 1} to {last} were not finite and were skipped: lower "
+            "config.optimizer.base_lr in another --workdir, or look at the images of these steps:"
+        ]
+        for step in range(last - count + 1, last + 1):
+            records = records_of_step(len(self.split), self.config.seed, step - 1, self.config.data.batch_size)
+            lines.append(f"step {step}: " + ", ".join(self.split[index].id for index in records))
+        return "\n".join(lines)
 
 
-def _on_devices(batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, pace: "_Pace") -> Iterator[Batch]:
-    """Batches on the devices, images and labels only; the time that the loop waits for each is noted."""
+def _on_devices(batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, pace: Pace, stop: Request) -> Iterator[Batch]:
+    """Batches on the devices as a step takes them; the time that the loop waits for each is noted."""
     while True:
         began = time.monotonic()
         batch = next(batches, None)
         pace.waited += time.monotonic() - began
         if batch is None:
             return
-        yield parallel.put_batch(mesh, {"image": batch["image"], "label": batch["label"]})
-
-
-def _check_provenance(saved: dict[str, Any], now: dict[str, Any], workdir: epath.PathLike) -> None:
-    different = [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
-    if different:
-        raise InputError(
-            f"{workdir}: the checkpoint was trained on other data ({'; '.join(different)}): give another --workdir, or "
-            "prepare the old data set again"
-        )
-
-
-def _drain(metrics: list[Metrics], step: int, workdir: epath.PathLike) -> dict[str, float]:
-    """The losses' means over the steps since the last call, and the last step's other figures; empties the list."""
-    fetched = jax.device_get(metrics)
-    metrics.clear()
-    finite = np.array([m.pop("finite") for m in fetched])
-    if not finite.all():
-        first = int(np.argmin(finite))
-        loss, norm = fetched[first]["loss"], fetched[first]["gradient_norm"]
-        raise InputError(
-            f"{workdir}: step {step - len(finite) + 1 + first} is not finite any more, its loss is {loss} and its "
-            f"gradient norm {norm}: nothing was saved since; lower config.optimizer.base_lr, or look at the images of "
-            "that step"
-        )
-    averaged = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1] if name.endswith("loss")}
-    return {name: float(value) for name, value in fetched[-1].items()} | averaged
-
-
-def _line(step: int, steps: int, epoch: int, scalars: dict[str, float]) -> str:
-    offsets = f"  offsets {scalars['offset_mean']:.2f} px" if "offset_mean" in scalars else ""
-    return (
-        f"step {step}/{steps}  epoch {step / epoch:.1f}  loss {scalars['loss']:.4f}  lr {scalars['learning_rate']:.5f}"
-        f"{offsets}  {scalars['images_per_second']:.1f} images/s  waiting for data {scalars['data_wait']:.0%}"
-        f"  ETA {duration((steps - step) * scalars['seconds_per_step'])}"
-    )
-
-
-class _Pace:
-    """Time per step, and the share of it that the loop waits for data; evaluations and saves do not count."""
-
-    def __init__(self, start: int, steps: int, batch_size: int):
-        self.waited = 0.0
-        self._step, self._batch_size = start, batch_size
-        self._since = time.monotonic()
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Figures since the last call."""
-        now = time.monotonic()
-        seconds, steps = now - self._since, step - self._step
-        figures = {
-            "images_per_second": steps * self._batch_size / seconds,
-            "seconds_per_step": seconds / steps,
-            "data_wait": self.waited / seconds,
-        }
-        self.waited, self._step, self._since = 0.0, step, now
-        return figures
-
-    def resume(self) -> None:
-        """Starts the clock again after something that is not training."""
-        self._since = time.monotonic()
+        told = np.full(jax.local_device_count(), stop.signal, np.int32)
+        yield parallel.put_batch(mesh, {"image": batch["image"], "label": batch["label"], "stop_requested": told})

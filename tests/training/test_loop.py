@@ -22,16 +22,19 @@ from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.specs import SHAPES
 from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation import evaluate as evaluation
 from dsnet_jax.evaluation.evaluate import evaluate_run
-from dsnet_jax.experiment import claim_workdir
+from dsnet_jax.stopping import Stopped
 from dsnet_jax.training import loop
 from dsnet_jax.training.loop import train
+from dsnet_jax.training.metrics_log import TIMES, summarise
+from dsnet_jax.workdir import claim_workdir, locked_workdir
 
 STEPS, EPOCH = 6, 3  # 27 images make three batches of eight.
 
 
-class Stopped(Exception):
-    """As Ctrl-C, at a chosen batch."""
+class Broken(Exception):
+    """What nobody expects, at a chosen batch."""
 
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -51,6 +54,19 @@ def watch_records(monkeypatch):
     return seen
 
 
+def send_signal_at(monkeypatch, number, batch_index):
+    """Sends this process a signal as the next `train` draws a batch."""
+    original = loop.train_batches
+
+    def signalling(*arguments):
+        for index, batch in enumerate(original(*arguments)):
+            if index == batch_index:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(loop, "train_batches", signalling)
+
+
 def stop_after(monkeypatch, batches):
     """Makes the next `train` fail when it asks for another batch after so many."""
     original = loop.train_batches
@@ -58,7 +74,7 @@ def stop_after(monkeypatch, batches):
     def stopping(*arguments):
         for index, batch in enumerate(original(*arguments)):
             if index == batches:
-                raise Stopped
+                raise Broken
             yield batch
 
     monkeypatch.setattr(loop, "train_batches", stopping)
@@ -69,7 +85,7 @@ def lines(workdir):
 
 
 def without_times(line):
-    return {name: v for name, v in line.items() if name not in ("images_per_second", "seconds_per_step", "data_wait")}
+    return {name: value for name, value in line.items() if name not in TIMES}
 
 
 def saved(workdir, step):
@@ -81,6 +97,15 @@ def saved(workdir, step):
         like[name] = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), metadata.tree)
     trees, _ = Checkpoints(workdir, read_only=True).restore(like, step)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+def trees_of(workdir, step, name):
+    """The leaves of one tree of a checkpoint, in order."""
+    metadata = ocp.StandardCheckpointer().metadata(workdir / "checkpoints" / str(step) / name).item_metadata
+    sharding = parallel.replicated(parallel.local_mesh())
+    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), metadata.tree)
+    trees, _ = Checkpoints(workdir, read_only=True).restore({name: like}, step)
+    return jax.tree.leaves(trees)
 
 
 @dataclasses.dataclass
@@ -110,7 +135,7 @@ def full_run(small_config_for, tmp_path_factory):
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(full_run, small_config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        with pytest.raises(Stopped):
+        with pytest.raises(Broken):
             train(small_config, tmp_path)
     assert Checkpoints(tmp_path, read_only=True).steps()[-1] == 4
     assert lines(tmp_path)[-1]["step"] == 5
@@ -170,12 +195,96 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(full_run, small_confi
     assert_equal_runs(tmp_path / "run", full_run.workdir)
 
 
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_as_if_it_had_not(
+    number, exit_code, full_run, small_config, tmp_path, monkeypatch, capsys
+):
+    small_config.training.checkpoint_every_steps = 100
+    with monkeypatch.context() as patch:
+        send_signal_at(patch, number, batch_index=4)
+        with pytest.raises(Stopped) as raised:
+            train(small_config, tmp_path)
+    assert raised.value.exit_code == exit_code
+    assert Checkpoints(tmp_path, read_only=True).steps()[-1] == 5  # The step that the batch was drawn for.
+    assert "step 5: saved" in capsys.readouterr().out
+    records = watch_records(monkeypatch)
+    train(small_config, tmp_path)
+    assert records == full_run.records[5:]
+    assert_equal_runs(tmp_path, full_run.workdir)
+
+
+def test_a_run_stopped_between_two_lines_of_its_log_writes_the_lines_of_one_that_was_not(
+    small_config, tmp_path, monkeypatch
+):
+    small_config.training.update(log_every_steps=4, evaluate_every_epochs=2)
+    train(small_config, tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        send_signal_at(patch, signal.SIGTERM, batch_index=2)
+        with pytest.raises(Stopped):
+            train(small_config, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
+    train(small_config, tmp_path / "stopped")
+    assert [line["step"] for line in lines(tmp_path / "alone")] == [4, 6, 6]
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "alone")
+
+
+def test_a_run_stopped_in_an_evaluation_has_saved_its_step_and_evaluates_it_when_it_goes_on(
+    full_run, small_config, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        original = evaluation.evaluation_examples
+
+        def signalling(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield from original(*arguments)
+
+        patch.setattr(evaluation, "evaluation_examples", signalling)
+        with pytest.raises(Stopped):
+            train(small_config, tmp_path)
+    assert Checkpoints(tmp_path, read_only=True).steps()[-1] == 3
+    assert Checkpoints(tmp_path, read_only=True).scores == {}
+    train(small_config, tmp_path)
+    assert_equal_runs(tmp_path, full_run.workdir)
+
+
+def test_a_run_killed_between_the_line_of_a_score_and_the_score_has_the_line_once(
+    full_run, small_config, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+
+        def broken(*arguments):
+            raise Broken
+
+        patch.setattr(Checkpoints, "record_score", broken)
+        with pytest.raises(Broken):
+            train(small_config, tmp_path)
+    assert "val_miou" in lines(tmp_path)[-1]
+    train(small_config, tmp_path)
+    assert_equal_runs(tmp_path, full_run.workdir)
+
+
+def test_a_run_on_one_device_goes_on_from_a_checkpoint_of_eight(full_run, small_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        send_signal_at(patch, signal.SIGTERM, batch_index=2)
+        with pytest.raises(Stopped):
+            train(small_config, tmp_path)
+    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    monkeypatch.setattr(parallel, "global_mesh", lambda: one)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    train(small_config, tmp_path)
+    for ours, theirs in zip(lines(tmp_path), lines(full_run.workdir), strict=True):
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
 def assert_equal_runs(ours, theirs):
     """Bit for bit: parameters, optimizer state, batch statistics; and losses and scores of every step, once."""
     assert list(map(without_times, lines(ours))) == list(map(without_times, lines(theirs)))
     our_arrays, their_arrays = saved(ours, STEPS), saved(theirs, STEPS)
     assert our_arrays.keys() == their_arrays.keys()
     assert [name for name in our_arrays if our_arrays[name].tobytes() != their_arrays[name].tobytes()] == []
+    assert Checkpoints(ours, read_only=True).scores == Checkpoints(theirs, read_only=True).scores
+    assert Checkpoints(ours, read_only=True).best_step() == Checkpoints(theirs, read_only=True).best_step()
 
 
 def test_every_step_is_logged_once_and_every_evaluation_beside_it(full_run):
@@ -186,12 +295,12 @@ def test_every_step_is_logged_once_and_every_evaluation_beside_it(full_run):
     assert {"loss", "learning_rate", "gradient_norm", "offset_max", "images_per_second", "data_wait"} <= set(logged[0])
 
 
-def test_what_is_kept_is_the_two_newest_steps_and_the_best(full_run):
+def test_what_is_kept_is_the_two_newest_steps_and_the_best_when_they_were_saved(full_run):
     scores = {line["step"]: line["val_miou"] for line in lines(full_run.workdir) if "val_miou" in line}
     checkpoints = Checkpoints(full_run.workdir, read_only=True)
-    best = max(scores, key=scores.get)
-    assert checkpoints.steps() == sorted({4, 6, best})
-    assert checkpoints.best_step() == best
+    assert checkpoints.steps() == [3, 4, 6]
+    assert checkpoints.scores == scores
+    assert checkpoints.best_step() == max(scores, key=scores.get)
 
 
 def test_scores_of_the_run_are_those_of_an_evaluation_of_its_checkpoint(full_run, small_config):
@@ -225,8 +334,9 @@ def test_a_finished_run_says_so_and_does_nothing(full_run, small_config, capsys,
 
 
 def test_lines_for_people_say_where_the_run_is(full_run):
-    first, *steps = full_run.printed
+    first, second, *steps = full_run.printed
     assert first == f"{full_run.workdir}: steps 0 to 6, 8 of 27 images each, on 8 cpu devices"
+    assert second.startswith("the step is compiled, in 0:0")
     trained = [line for line in steps if "loss" in line]
     for step, line in enumerate(trained, start=1):
         words = (f"step {step}/6", f"epoch {step / EPOCH:.1f}", "lr 0.", "offsets", "images/s", "data", "ETA 0:")
@@ -260,9 +370,9 @@ def test_changed_images_are_refused_when_a_run_goes_on(rooms, small_config, tmp_
     small_config.data.root = str(tmp_path / "datasets")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        with pytest.raises(Stopped):
+        with pytest.raises(Broken):
             train(small_config, tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]  # Completed, though stopped.
+    assert Checkpoints(tmp_path / "run", read_only=True).steps() == [2]  # Completed, though stopped.
 
     shutil.copytree(rooms.parent / "source", tmp_path / "source")
     image = tmp_path / "source" / "images" / "train" / "room00.png"
@@ -278,30 +388,69 @@ def test_other_classes_are_refused_even_before_the_first_checkpoint(small_config
         train(small_config, tmp_path)
 
 
-def test_a_run_that_diverges_stops_at_its_step_and_saves_nothing_of_it(small_config, tmp_path):
+def test_fields_that_do_not_change_what_is_trained_may_change_on_the_way(
+    full_run, small_config, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        send_signal_at(patch, signal.SIGTERM, batch_index=3)
+        with pytest.raises(Stopped):
+            train(small_config, tmp_path)
+    small_config.data.read_threads = 1
+    records = watch_records(monkeypatch)
+    train(small_config, tmp_path)
+    assert "goes on with other fields than it began with: data.read_threads: 2 -> 1" in capsys.readouterr().out
+    assert records == full_run.records[4:]
+    assert_equal_runs(tmp_path, full_run.workdir)
+
+
+def test_a_run_that_diverges_stops_after_so_many_skipped_steps_and_names_their_images(
+    small_config, tmp_path, monkeypatch, capsys
+):
     small_config.model.name = "fcn"  # Quicker to compile.
     small_config.optimizer.base_lr = 1000.0
-    small_config.training.update(checkpoint_every_steps=1, evaluate_every_epochs=20, epochs=20)
-    with pytest.raises(InputError, match=r"step \d+ is not finite any more, .*: nothing was saved since") as raised:
+    small_config.training.update(checkpoint_every_steps=1, evaluate_every_epochs=20, epochs=20, max_skipped_in_a_row=3)
+    records = watch_records(monkeypatch)
+    with pytest.raises(InputError, match=r"steps \d+ to \d+ were not finite and were skipped: lower") as raised:
         train(small_config, tmp_path)
-    step = int(str(raised.value).split(": step ")[1].split()[0])
-    assert [line["step"] for line in lines(tmp_path)] == list(range(1, step))
-    assert Checkpoints(tmp_path, read_only=True).steps()[-1] == step - 1
-    assert all(np.isfinite(array).all() for array in saved(tmp_path, step - 1).values())
+    first, *named = str(raised.value).splitlines()
+    last = int(first.split(" to ")[1].split()[0])
+    assert [line.split(":")[0] for line in named] == [f"step {step}" for step in range(last - 2, last + 1)]
+    for step, line in zip(range(last - 2, last + 1), named, strict=True):
+        assert line.split(": ")[1].split(", ") == [f"room{record:02}" for record in records[step - 1]]
+    assert f"step {last - 2} is not finite and was skipped" in capsys.readouterr().out
+    state = saved(tmp_path, Checkpoints(tmp_path, read_only=True).steps()[-1])
+    assert all(np.isfinite(array).all() for array in state.values())
 
 
-def test_the_first_step_that_is_not_finite_is_named_with_its_loss_and_gradient():
-    metrics = [{"loss": 0.5, "gradient_norm": 2.0, "finite": True} for _ in range(5)]
-    metrics[2] |= {"gradient_norm": np.inf, "finite": False}
-    metrics[4] |= {"loss": np.nan, "finite": False}
-    with pytest.raises(InputError, match=r"^run: step 12 is not finite any more, its loss is 0.5 .* norm inf"):
-        loop._drain(metrics, 14, "run")
+def test_skipped_steps_are_left_out_of_the_mean_loss_and_counted():
+    steps = [{"loss": 1.0, "skipped": 0}, {"learning_rate": 0.5, "skipped": 1}, {"loss": 2.0, "skipped": 1}]
+    assert summarise(steps) == {"loss": 1.5, "skipped": 1}
+    assert summarise(steps[1:2]) == {"learning_rate": 0.5, "skipped": 1}
+
+
+def test_averages_are_what_is_scored_and_a_batch_in_parts_is_trained(small_config, tmp_path):
+    small_config.data.batch_size = 16
+    small_config.training.update(ema_decay=0.5, accumulation_steps=2)
+    train(small_config, tmp_path)
+    (last,) = [line for line in lines(tmp_path) if "val_miou" in line and line["step"] == 2]
+    evaluate_run(tmp_path)
+    results = json.loads((tmp_path / "evaluation" / "val" / "results.json").read_text())
+    assert results["miou"] == last["val_miou"]
+    weights, averages = (trees_of(tmp_path, 2, name) for name in ("variables", "averages"))
+    different = [not np.array_equal(a, b) for a, b in zip(weights, averages, strict=True)]
+    assert any(different)
+
+
+def test_a_second_run_in_the_workdir_is_refused_before_anything_is_compiled(full_run, small_config, monkeypatch):
+    monkeypatch.setattr(loop, "_Run", None)
+    with locked_workdir(full_run.workdir), pytest.raises(InputError, match="another run is writing to it"):
+        train(small_config, full_run.workdir)
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"batch_size": 12}, "batch_size is 12, which 8 devices cannot share equally"),
+        ({"batch_size": 12}, "batch_size is 12, which 8 devices cannot share equally: choose a multiple of 8"),
         ({"batch_size": 32}, "batch_size is 32, split 'train' of rooms has 27 images"),
         ({"name": "streets"}, "'streets' is not prepared: run `dsnet prepare folder --name=streets"),
         ({"train_split": "training"}, "no split 'training'"),

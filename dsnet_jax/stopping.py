@@ -1,0 +1,82 @@
+"""What SIGTERM (a preemption) and Ctrl-C do: the work ends at a safe point; a second signal ends it at once."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """The process was told to stop. Like KeyboardInterrupt, it is no `Exception`, so that nobody swallows it.
+
+    Attributes:
+      signal: number of the signal that asked for it.
+      exit_code: 143 for SIGTERM, 130 for Ctrl-C, as shells count.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+        self.exit_code = 128 + number
+
+
+class Request:
+    """Whether somebody has asked this process to stop.
+
+    Attributes:
+      signal: number of the signal that asked for it; 0 as long as nobody has.
+    """
+
+    def __init__(self):
+        self.signal = 0
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Within, a signal raises `Stopped` wherever the main thread is: for what tidies up, and is started anew."""
+
+    def stop(number: int) -> None:
+        raise Stopped(number)
+
+    with _handling(stop):
+        yield
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Request]:
+    """Within, a signal is only noted in what this gives: for what looks at it regularly, and saves before it ends."""
+    request = Request()
+
+    def note(number: int) -> None:
+        request.signal = number
+        os.write(2, f"dsnet: {signal.Signals(number).name}: saving, then stopping; once more stops at once\n".encode())
+
+    with _handling(note):
+        yield request
+
+
+@contextlib.contextmanager
+def _handling(first: Callable[[int], None]) -> Iterator[None]:
+    """Calls `first` at the first signal and ends the process at the second; puts the old handlers back in the end."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
+        yield
+        return
+    seen = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            os._exit(128 + number)
+        seen = True
+        first(number)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

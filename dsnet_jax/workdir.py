@@ -1,0 +1,126 @@
+"""The folder of a run: whose it is, and what it remembers of its config and classes."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dsnet_jax.config import FREE_FIELDS, differences, from_json, to_json
+from dsnet_jax.data.specs import DatasetSpec
+from dsnet_jax.errors import InputError
+
+CONFIG, SPEC = "config.json", "dataset.json"
+
+
+@contextlib.contextmanager
+def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
+    """Makes the folder if it is not there, and keeps other runs out of it until the end.
+
+    The lock is the system's, on the folder itself: it ends with the process, however that ends. Storage without locks
+    (`gs://`) has none: there, nothing keeps two runs apart.
+
+    Raises:
+      InputError: another run has it, or it cannot be written.
+    """
+    workdir = epath.Path(workdir)
+    with _writable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    if is_remote(workdir):
+        yield
+        return
+    if not os.access(workdir, os.W_OK):
+        raise InputError(f"{workdir} cannot be written (Permission denied): give another --workdir")
+    lock = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{workdir}: another run is writing to it: wait until that has ended, or give another --workdir"
+            ) from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec) -> list[str]:
+    """Writes config and classes into a new workdir, or checks that they are those of an old one.
+
+    Fields that cannot change what is trained may differ (`config.FREE_FIELDS`); the folder then remembers the new ones.
+
+    Returns:
+      What differs, one line a field.
+
+    Raises:
+      InputError: the workdir holds a run of another config, and the message lists what differs; or of other classes.
+    """
+    different = check_workdir(workdir, config, spec)
+    workdir = epath.Path(workdir)
+    with _writable(workdir):
+        if different is None:
+            write_text(workdir / SPEC, json.dumps(spec.to_json(), indent=2) + "\n")
+        if different != []:
+            write_text(workdir / CONFIG, to_json(config))  # After the other: it says that the folder is claimed.
+    return different or []
+
+
+def check_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec) -> list[str] | None:
+    """`claim_workdir`, without writing: gives None for a workdir that is new."""
+    file = epath.Path(workdir) / CONFIG
+    if not file.exists():
+        return None
+    different = differences(from_json(file.read_text(), str(file)), config)
+    if fixed := [line for name, line in different.items() if name not in FREE_FIELDS]:
+        raise InputError(
+            f"{workdir} holds a run of another config: give another --workdir, or the old config again; "
+            "what differs (old -> new):\n" + "\n".join(fixed)
+        )
+    if _read_spec(epath.Path(workdir)) != spec:
+        raise InputError(
+            f"{workdir} holds a run on other classes or colours than {spec.name} has now: give another --workdir, "
+            "or prepare the old data set again"
+        )
+    return list(different.values())
+
+
+def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
+    """The config and the classes of the run in a workdir.
+
+    Raises:
+      InputError: there is none.
+    """
+    workdir = epath.Path(workdir)
+    if not (workdir / CONFIG).exists():
+        raise InputError(f"{workdir} holds no run ({CONFIG} is missing): give the --workdir of `dsnet train`")
+    return from_json((workdir / CONFIG).read_text(), f"{workdir / CONFIG}"), _read_spec(workdir)
+
+
+def _read_spec(workdir: epath.Path) -> DatasetSpec:
+    return DatasetSpec.from_json(json.loads((workdir / SPEC).read_text()))
+
+
+def write_text(file: epath.Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    if is_remote(file):  # Object stores do so by themselves, and have no renaming.
+        file.write_text(text)
+        return
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(text)
+    new.replace(file)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store such as `gs://`, which knows neither locks nor appending."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def _writable(workdir: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{workdir} cannot be written ({error.strerror}): give another --workdir") from error

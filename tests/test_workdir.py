@@ -1,0 +1,123 @@
+"""The folder of a run: what it remembers, refuses and keeps out."""
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from dsnet_jax.config import FREE_FIELDS, default_config
+from dsnet_jax.data.specs import CAMVID, SHAPES
+from dsnet_jax.errors import InputError
+from dsnet_jax.workdir import claim_workdir, locked_workdir, open_workdir, write_text
+
+
+def test_a_workdir_remembers_its_config_and_classes(tmp_path):
+    config = default_config()
+    config.model.width = 64
+    with locked_workdir(tmp_path / "runs" / "a"):
+        assert claim_workdir(tmp_path / "runs" / "a", config, CAMVID) == []
+    assert open_workdir(tmp_path / "runs" / "a") == (config, CAMVID)
+
+
+def test_a_workdir_takes_its_own_config_again_and_refuses_another_naming_every_field(tmp_path):
+    config = default_config()
+    claim_workdir(tmp_path, config, SHAPES)
+    claim_workdir(tmp_path, config, SHAPES)
+    other = default_config()
+    other.seed, other.data.crop_size_hw = 1, (64, 64)
+    with pytest.raises(InputError) as raised:
+        claim_workdir(tmp_path, other, SHAPES)
+    assert str(raised.value).splitlines()[1:] == ["data.crop_size_hw: (512, 512) -> (64, 64)", "seed: 0 -> 1"]
+    assert open_workdir(tmp_path)[0] == config
+
+
+@pytest.mark.parametrize("change", [{"class_names": SHAPES.class_names[::-1]}, {"palette": SHAPES.palette[::-1]}])
+def test_a_workdir_refuses_other_classes_and_other_colours(tmp_path, change):
+    claim_workdir(tmp_path, default_config(), SHAPES)
+    with pytest.raises(InputError, match="other classes or colours than shapes has now"):
+        claim_workdir(tmp_path, default_config(), dataclasses.replace(SHAPES, **change))
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match=r"cannot be written .*: give another --workdir"),
+        locked_workdir(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_workdir_without_permission_to_write_is_an_error_in_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot be written"), locked_workdir(tmp_path):
+        pass
+
+
+def test_fields_that_do_not_change_what_is_trained_may_change_and_are_remembered(tmp_path):
+    config = default_config()
+    claim_workdir(tmp_path, config, SHAPES)
+    config.data.read_threads, config.training.checkpoint_every_steps = 7, 9
+    changed = ["data.read_threads: 4 -> 7", "training.checkpoint_every_steps: 500 -> 9"]
+    assert sorted(claim_workdir(tmp_path, config, SHAPES)) == changed
+    assert open_workdir(tmp_path)[0] == config
+
+
+def test_free_fields_are_fields():
+    config = default_config()
+    for name in FREE_FIELDS:
+        part, field = name.split(".")
+        assert field in config[part]
+
+
+LOCKING = """
+import sys, time
+from dsnet_jax.workdir import locked_workdir
+
+with locked_workdir(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone_even_killed(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", LOCKING, str(tmp_path)], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(InputError, match="another run is writing to it"), locked_workdir(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with locked_workdir(tmp_path):
+        pass
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_text(epath.Path(tmp_path) / "config.json", "old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(epath.Path(tmp_path) / "config.json", "new")
+    assert (tmp_path / "config.json").read_text() == "old"
+
+
+def test_a_folder_without_a_run_is_refused_and_not_made(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        open_workdir(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_config_with_a_field_that_this_version_does_not_know_is_named_with_its_file(tmp_path):
+    claim_workdir(tmp_path, default_config(), SHAPES)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["model"]["attention_heads"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"config\.json: unknown field 'attention_heads'"):
+        open_workdir(tmp_path)

@@ -1,0 +1,59 @@
+"""Out of memory: one line with the compiler's figure and the fields that would lower it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsnet_jax.config import default_config
+from dsnet_jax.errors import InputError
+from dsnet_jax.training.memory import out_of_memory_explained
+
+TPU = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 17.54G of 15.75G hbm. Exceeded hbm capacity by 1.79G.
+
+Total hbm usage >= 18.05G:
+    reserved        530.00M
+"""
+GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.43GiB. [tf-allocator-allocation-error='']"
+
+
+def test_memory_that_the_machine_does_not_have_is_one_line_with_figure_and_remedies():
+    config = default_config()
+    with pytest.raises(InputError) as raised, out_of_memory_explained(config, devices=8):
+        jax.block_until_ready(jax.jit(lambda: jnp.ones((1 << 45,)) + 1)())
+    message = str(raised.value)
+    assert message.startswith("out of memory: ") and "140737488355" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "error, figure",
+    [
+        (TPU, "Used 17.54G of 15.75G hbm. Exceeded hbm capacity by 1.79G"),
+        (GPU, "Out of memory while trying to allocate 12.43GiB"),
+        ("RESOURCE_EXHAUSTED: something new", "RESOURCE_EXHAUSTED: something new"),
+    ],
+)
+def test_the_compilers_figure_is_told_and_each_field_with_its_value(error, figure):
+    config = default_config()
+    config.training.accumulation_steps = 2
+    with pytest.raises(InputError) as raised, out_of_memory_explained(config, devices=4):
+        raise jax.errors.JaxRuntimeError(error)
+    assert str(raised.value) == (
+        f"out of memory: {figure}: what helps is fewer images at a time (4 a device now: a smaller "
+        "config.data.batch_size, or a larger config.training.accumulation_steps, 2 now), smaller crops "
+        "(config.data.crop_size_hw, 512x512 now), config.model.dtype=bfloat16"
+    )
+
+
+def test_bfloat16_is_not_recommended_to_who_has_it():
+    config = default_config()
+    config.model.dtype = "bfloat16"
+    with pytest.raises(InputError) as raised, out_of_memory_explained(config, devices=1):
+        raise jax.errors.JaxRuntimeError(GPU)
+    assert "bfloat16" not in str(raised.value)
+
+
+def test_other_errors_stay_as_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), out_of_memory_explained(default_config(), 1):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -1,0 +1,126 @@
+"""Training in two processes of two devices each, on this machine, against one process of four devices."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.config import to_json
+
+TRAIN = """
+import sys
+from pathlib import Path
+
+import jax
+
+tests, config, workdir, devices, hosts, process = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", int(devices))
+jax.config.update("jax_disable_most_optimizations", True)
+sys.path.insert(0, tests)
+from conftest import TinyBackbone
+from dsnet_jax import cli
+from dsnet_jax.models.resnet import RESNETS
+from dsnet_jax.training import loop
+
+RESNETS["resnet18"] = TinyBackbone
+config_file = Path(workdir).with_name(f"config{process}.py")
+config_file.write_text(
+    "from dsnet_jax.config import from_json\\n"
+    f"def get_config():\\n    return from_json({Path(config).read_text()!r}, 'config')\\n"
+)
+several = [f"--hosts={hosts}", f"--process={process}"] if hosts else []
+sys.exit(cli.main(["train", f"--config={config_file}", f"--workdir={workdir}", *several]))
+"""
+
+
+def start(config, workdir, devices, process=None, port=None):
+    hosts = f"127.0.0.1:{port},127.0.0.1" if port else ""
+    arguments = [Path(__file__).parents[1], config, workdir, devices, hosts, process or 0]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def start_two(config, workdir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(config, workdir, 2, process, port) for process in range(2)]
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def config_file(small_config, tmp_path):
+    small_config.training.update(epochs=7, evaluate_every_epochs=7, checkpoint_every_steps=100)  # 21 steps.
+    small_config.optimizer.base_lr = 0.01
+    (tmp_path / "config.json").write_text(to_json(small_config))
+    return tmp_path / "config.json"
+
+
+def test_two_processes_train_and_score_as_one_and_stop_together(config_file, tmp_path):
+    one = start(config_file, tmp_path / "one", 4)
+    output, errors = one.communicate(timeout=300)
+    assert one.returncode == 0, output + errors
+
+    two = start_two(config_file, tmp_path / "two")
+    for line in two[0].stdout:
+        if line.startswith("step 4/"):
+            break
+    two[1].send_signal(signal.SIGTERM)  # Only one of them is told.
+    ends = [process.communicate(timeout=300) for process in two]
+    assert [process.returncode for process in two] == [143, 143], ends
+    (stopped_at,) = Checkpoints(tmp_path / "two", read_only=True).steps()
+    assert 4 <= stopped_at < 21 and f"step {stopped_at}: saved" in ends[0][0]
+
+    two = start_two(config_file, tmp_path / "two")
+    ends = [process.communicate(timeout=300) for process in two]
+    assert [process.returncode for process in two] == [0, 0], ends
+    assert [line for line in ends[1][0].splitlines() if "Gloo" not in line] == []  # Only the main process prints.
+    ours, theirs = lines(tmp_path / "two"), lines(tmp_path / "one")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [*range(1, 22), 21]
+    for name in ("loss", "gradient_norm"):
+        values, expected = ([line[name] for line in run if name in line] for run in (ours, theirs))
+        np.testing.assert_allclose(values, expected, rtol=1e-6 if name == "loss" else 1e-4)
+    assert ours[-1]["val_miou"] == theirs[-1]["val_miou"]
+
+
+def test_the_death_of_a_process_ends_the_other_with_its_name(config_file, tmp_path):
+    two = start_two(config_file, tmp_path / "two")
+    for line in two[0].stdout:
+        if line.startswith("step 4/"):
+            break
+    two[1].kill()
+    _, errors = two[0].communicate(timeout=60)
+    two[1].communicate()
+    assert two[0].returncode == 1
+    assert f"process 1 ({socket.gethostname()}, pid {two[1].pid}) has died" in errors
+
+
+def test_what_one_process_cannot_use_ends_both_with_its_message(config_file, small_config, tmp_path):
+    small_config.data.root = str(tmp_path / "nowhere")
+    (tmp_path / "other.json").write_text(to_json(small_config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    good = start(config_file, tmp_path / "two", 2, 0, port)
+    bad = start(tmp_path / "other.json", tmp_path / "two", 2, 1, port)
+    outputs = [process.communicate(timeout=120) for process in (good, bad)]
+    assert [process.returncode for process in (good, bad)] == [1, 1]
+    assert "data set 'rooms' is not prepared" in outputs[0][1] and "process 1" in outputs[0][1]
+    assert "data set 'rooms' is not prepared" in outputs[1][1]
