@@ -24,6 +24,7 @@ from dsnet_jax.evaluation.metrics import score
 from dsnet_jax.experiment import build_model, steps_per_epoch
 from dsnet_jax.progress import duration
 from dsnet_jax.stopping import Request, Stopped, deferred
+from dsnet_jax.training.init_from import init_from
 from dsnet_jax.training.memory import out_of_memory_explained
 from dsnet_jax.training.metrics_log import MetricsLog, describe, summarise
 from dsnet_jax.training.optimizer import poly_schedule, sgd
@@ -166,6 +167,8 @@ class _Run:
         from_seed = jax.jit(from_seed, out_shardings=parallel.replicated(mesh))
         if not self.checkpoints.steps():
             self.state = from_seed()
+            if self.config.init_from:
+                self.take_weights_of(self.config.init_from)
             return
         like = jax.eval_shape(from_seed)
         like = jax.tree.map(lambda x: x.update(sharding=parallel.replicated(mesh)), like)
@@ -178,6 +181,14 @@ class _Run:
                 "--workdir, or prepare the old data set again"
             )
         self.state, self.unlogged = TrainState.from_trees(trees), saved["unlogged"]
+
+    def take_weights_of(self, workdir: str) -> None:
+        """Puts another run's weights into the fresh state; momentum starts at zero, and averages as the weights."""
+        variables, new = init_from(workdir, self.state.variables, self.split.spec)
+        _say(f"{self.workdir}: starts from the weights of {workdir}; new are {', '.join(new) or 'none'}")
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.variables)
+        averages = self.state.averages and jax.device_put(variables, shardings)
+        self.state = self.state.replace(variables=jax.device_put(variables, shardings), averages=averages)
 
     def provenance(self) -> dict[str, Any]:
         """What a run that goes on must agree with: the records of every step follow from it."""
