@@ -19,10 +19,8 @@ def default_config() -> ConfigDict:
     """The whole experiment with its defaults: DSNet-R50 by the paper's protocol for PASCAL VOC 2012."""
     config = ConfigDict()
     config.seed = 0  # Of initialisation, augmentation, record order and dropout.
-    config.init_from = (
-        ""  # Workdir of a run whose weights this one starts from; with other classes the last convolution
-    )
-    #                        starts anew. Empty: all weights are drawn from the seed.
+    config.init_from = ""  # Workdir of a run whose weights this one starts from; with other classes the last
+    #                        convolution starts anew. Empty: all weights are drawn from the seed.
 
     config.data = data = ConfigDict()
     data.name = "shapes"  # A data set made by `dsnet prepare`: shapes, camvid, or the --name given to `folder`.

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/soak.py --kills=20
 
-Both runs train a ResNet-18 DSNet on the built-in data set, log every step, save every fifth and evaluate three
+Both runs train a ResNet-18 DSNet on the built-in data set, log every step, save every fifth and evaluate eight
 times. One of them is killed at random instants, by SIGKILL or SIGTERM: while it starts, between steps, inside a save
 and inside an evaluation; and started again by the same command. In the end parameters, optimizer state, batch
 statistics, losses of every step, records of every step and scores must be equal, bit for bit. Exit code 0 says that
@@ -30,7 +30,7 @@ from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.training import loop
 from dsnet_jax.training.metrics_log import TIMES
 
-STEPS, EVALUATE_EVERY = 150, 50
+STEPS, EVALUATE_EVERY = 400, 50
 INSTANTS = ("while it starts", "between steps", "inside a save", "inside an evaluation")
 FIELDS = {
     "data.crop_size_hw": (64, 64),
@@ -127,7 +127,7 @@ def wait_for(kind: str, process: subprocess.Popen, workdir: Path, step: int, rng
         return last_step(workdir) % EVALUATE_EVERY == 0 and "val_miou" not in last_line(workdir)
 
     if kind == "while it starts":
-        time.sleep(rng.uniform(0, 12))
+        time.sleep(rng.uniform(0, 8))
         return
     at_that = {"inside a save": is_saving, "inside an evaluation": is_evaluating, "between steps": lambda: True}[kind]
     before = last_step(workdir)
