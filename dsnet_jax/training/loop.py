@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
@@ -98,6 +99,12 @@ def _claim(config: ConfigDict, workdir: epath.PathLike, split: Split) -> None:
     processes.wait_for_all()
     if not processes.is_main_process():
         check_workdir(workdir, config, split.spec)
+    own = np.array([zlib.crc32(split.fingerprint.encode())], np.int64)
+    if processes.sum_over_processes(own) != processes.count() * own:
+        raise InputError(
+            f"{processes.describe()}: {split.spec.name} is not the same in all processes, here its fingerprint is "
+            f"{split.fingerprint}: prepare it once, and copy it to every machine"
+        )
 
 
 def _say(line: str) -> None:

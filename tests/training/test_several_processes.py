@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.config import to_json
+from dsnet_jax.data.prepare import prepare
 
 TRAIN = """
 import sys
@@ -112,8 +114,13 @@ def test_the_death_of_a_process_ends_the_other_with_its_name(config_file, tmp_pa
     assert f"process 1 ({socket.gethostname()}, pid {two[1].pid}) has died" in errors
 
 
-def test_what_one_process_cannot_use_ends_both_with_its_message(config_file, small_config, tmp_path):
-    small_config.data.root = str(tmp_path / "nowhere")
+@pytest.mark.parametrize("data", ["none", "others"])
+def test_what_one_process_cannot_use_ends_both_with_its_message(data, config_file, small_config, rooms, tmp_path):
+    small_config.data.root = str(tmp_path / "datasets")
+    if data == "others":
+        shutil.copytree(rooms.parent / "source", tmp_path / "source")
+        shutil.copy(tmp_path / "source/images/train/room00.png", tmp_path / "source/images/train/room04.png")
+        prepare("folder", str(tmp_path / "source"), small_config.data.root, name="rooms")
     (tmp_path / "other.json").write_text(to_json(small_config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,6 +128,7 @@ def test_what_one_process_cannot_use_ends_both_with_its_message(config_file, sma
     good = start(config_file, tmp_path / "two", 2, 0, port)
     bad = start(tmp_path / "other.json", tmp_path / "two", 2, 1, port)
     outputs = [process.communicate(timeout=120) for process in (good, bad)]
-    assert [process.returncode for process in (good, bad)] == [1, 1]
-    assert "data set 'rooms' is not prepared" in outputs[0][1] and "process 1" in outputs[0][1]
-    assert "data set 'rooms' is not prepared" in outputs[1][1]
+    assert [process.returncode for process in (good, bad)] == [1, 1], outputs
+    message = {"none": "data set 'rooms' is not prepared", "others": "rooms is not the same in all processes"}[data]
+    assert message in outputs[0][1] and message in outputs[1][1]
+    assert not (tmp_path / "two" / "checkpoints").exists()
