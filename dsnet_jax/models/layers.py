@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsnet_jax.ops import Extent, resize_bilinear
+from dsnet_jax.ops.convolution import conv2d
 from dsnet_jax.ops.precision import at_least_float32
 
 # torchvision starts its ResNets by the number of outputs (He et al. 2015), PyTorch all other convolutions uniformly
@@ -37,11 +38,7 @@ class SegmentationOutput:
 
 
 class Conv(nn.Module):
-    """Convolution with explicit symmetric padding: the output has ceil(size / stride) cells.
-
-    XLA's SAME would pad strided convolutions by other amounts on even and odd sizes, and so misalign them. A 1x1
-    convolution is computed as a matrix product: several times faster on CPU, the same elsewhere.
-    """
+    """Convolution with explicit symmetric padding: the output has ceil(size / stride) cells."""
 
     features: int
     kernel_size: int = 1
@@ -63,20 +60,9 @@ class Conv(nn.Module):
             raise ValueError(f"kernel_size is {size}: an odd number is needed")
         kernel = self.param("kernel", self.kernel_init, (size, size, x.shape[-1], self.features), jnp.float32)
         kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
-        if size == 1:
-            x = jnp.einsum("bhwc,cd->bhwd", x[:, :: self.stride, :: self.stride], kernel[0, 0])
-        else:
-            if extent is not None:
-                x = extent.zero_outside(x)
-            padding = (size // 2 * self.dilation,) * 2
-            x = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=(padding, padding),
-                rhs_dilation=(self.dilation, self.dilation),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+        if size > 1 and extent is not None:
+            x = extent.zero_outside(x)
+        x = conv2d(x, kernel, self.stride, self.dilation)
         if self.use_bias:
             x = x + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
         return x
