@@ -33,6 +33,8 @@ def default_config() -> ConfigDict:
     data.scale_range = (0.5, 2.0)  # Random scale: a factor on the image, drawn uniformly.
     data.flip_probability = 0.5  # Of a horizontal flip.
     data.batch_size = 32  # Images a step, over all devices and processes.
+    data.cache_decoded_gb = 0.0  # Decode once, into a file of at most so many GB (10^9 bytes) beside the prepared data;
+    #                              0: decode each time.
     data.worker_count = 0  # Processes that decode and augment; 0: threads of the training process.
     data.read_threads = 4  # Threads that read and decode, per process; order does not depend on them.
 
@@ -88,6 +90,7 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
     "data.crop_size_hw": (1, 2**15),
     "data.scale_range": (0.01, 100),
     "data.flip_probability": (0, 1),
+    "data.cache_decoded_gb": (0, 10**5),
     "data.worker_count": (0, 1024),
     "data.read_threads": (1, 1024),
     "model.deep_supervision_weight": (0, 1000),
@@ -111,6 +114,7 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
 
 FREE_FIELDS = (  # May change while a run is under way: they do not change which weights it ends with.
     "data.root",
+    "data.cache_decoded_gb",
     "data.worker_count",
     "data.read_threads",
     "training.max_skipped_in_a_row",

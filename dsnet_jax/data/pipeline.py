@@ -10,8 +10,9 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import grain
@@ -19,8 +20,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from dsnet_jax.data.decoding import decode_image, decode_mask
-from dsnet_jax.data.records import Record, Split
+from dsnet_jax.data.cache import DecodedSplit, Picture, decode_picture, name_of
+from dsnet_jax.data.records import Split
 from dsnet_jax.data.transforms import augment, resize_image
 from dsnet_jax.errors import InputError
 
@@ -45,7 +46,7 @@ class Example:
 
 
 def train_batches(
-    split: Split,
+    split: Split | DecodedSplit,
     data_config: ConfigDict,
     seed: int,
     start_step: int,
@@ -59,7 +60,7 @@ def train_batches(
     next one. Every process gets a contiguous block of each global batch, which is the same for any number of processes.
 
     Args:
-      split: a split with labels.
+      split: a split with labels; decoded once, by `cache.decoded_once`, it gives the same batches.
       data_config: `config.data` of an experiment. `batch_size` counts all processes. With `worker_count` 0 the threads
         of this process do the work, `read_threads` of them; otherwise as many processes, each with as many threads.
       seed: of the order and of the augmentation, 0 to 2**32 - 1.
@@ -83,7 +84,7 @@ def train_batches(
             "choose a multiple of their number"
         )
     load = functools.partial(
-        _load_augmented,
+        _load_batch,
         split=split,
         crop_size_hw=data_config.crop_size_hw,
         image_scale=data_config.image_scale,
@@ -91,7 +92,8 @@ def train_batches(
         flip_probability=data_config.flip_probability,
     )
     # Drawn by position, so before the slices; batched before them too, so that what crosses from workers are batches.
-    batches = _record_order(len(split), seed).random_map(load).batch(local_batch_size, drop_remainder=True)
+    order = _record_order(len(split), seed).random_map(_with_state)
+    batches = order.batch(local_batch_size, drop_remainder=True, batch_fn=load)
     batches = batches[process_index::process_count][start_step:steps]
     return _iterate(batches, data_config.read_threads, data_config.worker_count)
 
@@ -102,7 +104,7 @@ def records_of_step(record_count: int, seed: int, step: int, batch_size: int) ->
 
 
 def evaluation_examples(
-    split: Split,
+    split: Split | DecodedSplit,
     image_scale: float,
     process_index: int = 0,
     process_count: int = 1,
@@ -132,34 +134,46 @@ def _record_order(record_count: int, seed: int) -> grain.MapDataset[int]:
     return grain.MapDataset.range(record_count).seed(seed).shuffle().repeat()
 
 
-def _load_augmented(index: int, rng: np.random.Generator, *, split: Split, **augmentation) -> dict[str, np.ndarray]:
-    record, image, label = _decode(split, index)
-    if label is None:
-        raise InputError(f"{_name(split, index, record)} has no label: choose a split with labels to train on")
-    image, label = augment(image, label, rng, **augmentation)
-    return {"image": image, "label": label, "record": np.int64(index)}
+def _with_state(index: int, rng: np.random.Generator) -> tuple[int, dict[str, Any]]:
+    """Grain's generator is used again for the next element: what it would draw for this one is kept."""
+    return index, rng.bit_generator.state
 
 
-def _load_example(index: int, *, split: Split, image_scale: float) -> Example:
-    record, image, label = _decode(split, index)
-    return Example(index, record.id, resize_image(image, image_scale), label, image.shape[:2])
+def _load_batch(
+    elements: Sequence[tuple[int, dict[str, Any]]],
+    *,
+    split: Split | DecodedSplit,
+    crop_size_hw: tuple[int, int],
+    **augmentation,
+) -> dict[str, np.ndarray]:
+    """Every picture is written once: warped to its place in the batch."""
+    images = np.empty((len(elements), *crop_size_hw, 3), np.uint8)
+    labels = np.empty((len(elements), *crop_size_hw), np.uint8)
+    rng = np.random.Generator(np.random.Philox(0))
+    for (index, state), *out in zip(elements, images, labels, strict=True):
+        picture = _picture(split, index)
+        if picture.label is None:
+            raise InputError(
+                f"{name_of(split, index, picture.id)} has no label: choose a split with labels to train on"
+            )
+        rng.bit_generator.state = state
+        augment(picture.image, picture.label, rng, crop_size_hw, **augmentation, out=tuple(out))
+    return {"image": images, "label": labels, "record": np.array([index for index, _ in elements], np.int64)}
 
 
-def _decode(split: Split, index: int) -> tuple[Record, np.ndarray, np.ndarray | None]:
-    record = split[index]
-    name = _name(split, index, record)
-    pixels = record.size_hw[0] * record.size_hw[1]  # What was checked when it was prepared.
-    image = decode_image(record.image, f"image of {name}", pixels)
-    label = None if record.label is None else decode_mask(record.label, f"label of {name}", max_pixels=pixels)
-    return record, image, label
+def _load_example(index: int, *, split: Split | DecodedSplit, image_scale: float) -> Example:
+    picture = _picture(split, index)
+    image = resize_image(picture.image, image_scale)
+    return Example(index, picture.id, image, picture.label, picture.image.shape[:2])
 
 
-def _name(split: Split, index: int, record: Record) -> str:
-    return f"record {index} ({record.id}) of {split.spec.name}, split {split.name}"
+def _picture(split: Split | DecodedSplit, index: int) -> Picture:
+    return split[index] if isinstance(split, DecodedSplit) else decode_picture(split, index)
 
 
 def _iterate(dataset: grain.MapDataset, read_threads: int, worker_count: int = 0) -> Iterator:
     """Elements of `dataset` in order, made ahead of their use; threads and workers end with the iterator."""
+    cv2.setNumThreads(0)  # Threads and workers here are the parallelism: OpenCV's own would only be in their way.
     # Grain's default keeps 500 elements ready, which suits kilobytes: ours are pictures, or batches of them.
     elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=read_threads))
     if worker_count:
@@ -171,7 +185,7 @@ def _iterate(dataset: grain.MapDataset, read_threads: int, worker_count: int = 0
 
 def _start_worker(worker_index: int, worker_count: int):
     """Runs first in every worker process: it is the training process that decides when a worker ends."""
-    cv2.setNumThreads(0)  # The workers are the parallelism.
+    cv2.setNumThreads(0)
     # Ctrl-C and a preemption may signal the whole group: the training process still finishes its step and saves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

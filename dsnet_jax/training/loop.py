@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dsnet_jax import parallel, processes
 from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.data.cache import decoded_once
 from dsnet_jax.data.pipeline import records_of_step, train_batches
 from dsnet_jax.data.records import Split, open_split
 from dsnet_jax.errors import InputError
@@ -74,6 +76,9 @@ def _open_splits(config: ConfigDict) -> tuple[Split, Split]:
             f"split {held_out.name!r} of {held_out.spec.name} has no labels to score: choose another "
             "config.data.eval_split"
         )
+    if config.data.cache_decoded_gb:
+        folder, limit = Path(config.data.root) / config.data.name / "decoded", int(config.data.cache_decoded_gb * 1e9)
+        split, held_out = decoded_once(split, folder, limit), decoded_once(held_out, folder, limit)
     return split, held_out
 
 

@@ -261,6 +261,14 @@ def test_a_split_without_labels_can_be_evaluated(split):
     assert examples[3].label_hw == examples[3].image.shape[:2] == (27, 37)
 
 
+def test_opencv_starts_no_threads_of_its_own_beside_those_that_decode(split, data_config):
+    for elements in (train_batches(split, data_config, 0, 0, 1), evaluation_examples(split, 1.0)):
+        cv2.setNumThreads(3)
+        next(elements)
+        assert cv2.getNumThreads() == 1
+        elements.close()
+
+
 def test_evaluation_reads_only_a_few_examples_ahead_and_its_threads_end_with_it(split):
     class Counting(Pictures):
         reads = 0

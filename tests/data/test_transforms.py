@@ -152,6 +152,28 @@ def test_the_same_generator_state_gives_the_same_picture():
     assert (first[0] != other[0]).any()
 
 
+def test_the_result_is_written_to_the_place_it_is_given_and_nowhere_else():
+    image, label = noise((30, 40))
+    for seed in range(20):
+        arguments = ((24, 48), 1.0, (0.5, 2.0), 0.5)  # Padded at the right, at the bottom, and not.
+        want = augment(image, label, np.random.default_rng(seed), *arguments)
+        images, labels = np.full((3, 24, 48, 3), 7, np.uint8), np.full((3, 24, 48), 7, np.uint8)
+        got = augment(image, label, np.random.default_rng(seed), *arguments, out=(images[1], labels[1]))
+        for batch, result, expected in zip((images, labels), got, want, strict=True):
+            assert np.shares_memory(batch, result)
+            np.testing.assert_array_equal(batch[1], expected)
+            assert (batch[[0, 2]] == 7).all()
+
+
+def test_a_picture_that_cannot_be_written_to_is_read():
+    image, label = noise((30, 40))
+    want = augment(image.copy(), label.copy(), np.random.default_rng(0), (20, 20), 1.0, (0.5, 2.0), 0.5)
+    image.flags.writeable = label.flags.writeable = False
+    got = augment(image, label, np.random.default_rng(0), (20, 20), 1.0, (0.5, 2.0), 0.5)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_array_equal(got[1], want[1])
+
+
 def test_pictures_of_one_pixel_and_one_row_survive():
     for size_hw in ((1, 1), (1, 50), (50, 1)):
         image, label = noise(size_hw)

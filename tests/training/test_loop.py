@@ -463,3 +463,18 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(small_conf
         train(small_config, tmp_path / "run")
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_are_decoded_once_give_the_run_of_those_decoded_each_time(
+    full_run, small_config, rooms, tmp_path, capsys
+):
+    shutil.copytree(rooms, tmp_path / "datasets")
+    small_config.data.root = str(tmp_path / "datasets")
+    small_config.data.cache_decoded_gb = 0.01
+    train(small_config, tmp_path / "run")
+    assert_equal_runs(tmp_path / "run", full_run.workdir)
+    assert "27 pictures" in capsys.readouterr().out
+    small_config.data.cache_decoded_gb = 1e-5
+    shutil.rmtree(tmp_path / "datasets" / "rooms" / "decoded")
+    with pytest.raises(InputError, match=r"config\.data\.cache_decoded_gb"):
+        train(small_config, tmp_path / "run")
