@@ -19,30 +19,36 @@ Arrays = dict[str, np.ndarray]
 def deform_conv2d(seed: int) -> Arrays:
     """Outputs and gradients of torchvision.ops.deform_conv2d in float64; names are `case/array`, layouts are torch's.
 
-    Offsets reach several cells beyond the map. In the cases `integer` they are whole numbers, as when training starts.
+    Offsets reach several cells beyond the map. In the cases `integer` they are whole numbers, as when training starts;
+    in those of `all kinds` each is zero, whole, whole and a half, anything, or anything and mostly far outside.
     """
     import torch
     import torchvision
 
     rng = np.random.default_rng(seed)
     arrays = {}
-    for points in ("between", "integer"):
+    for side, points in ((3, "between"), (3, "integer"), (3, "all kinds"), (1, "all kinds"), (5, "all kinds")):
         for masked in (False, True):
-            offset = rng.uniform(-4, 4, (2, 18, 4, 5))
+            offset = rng.uniform(-4, 4, (2, 2 * side**2, 4, 5))
+            whole = np.round(offset)
+            if points == "integer":
+                offset = whole
+            elif points == "all kinds":
+                offset = rng.permuted(np.stack([0 * whole, whole, whole + 0.5, offset, 20 * offset]), axis=0)[0]
             inputs = {
                 "input": rng.standard_normal((2, 3, 4, 5)),
-                "offset": np.round(offset) if points == "integer" else offset,
-                "weight": rng.standard_normal((2, 3, 3, 3)),
+                "offset": offset,
+                "weight": rng.standard_normal((2, 3, side, side)),
             }
             if masked:
-                inputs["mask"] = rng.uniform(0, 2, (2, 9, 4, 5))
+                inputs["mask"] = rng.uniform(0, 2, (2, side**2, 4, 5))
             cotangent = rng.standard_normal((2, 2, 4, 5))
             tensors = {name: torch.tensor(array, requires_grad=True) for name, array in inputs.items()}
-            output = torchvision.ops.deform_conv2d(**tensors, padding=1)
+            output = torchvision.ops.deform_conv2d(**tensors, padding=side // 2)
             output.backward(torch.tensor(cotangent))
             results = {"output": output.detach().numpy(), "cotangent": cotangent}
             gradients = {f"{name}_gradient": tensor.grad.numpy() for name, tensor in tensors.items()}
-            case = f"{points}, {'with' if masked else 'without'} mask"
+            case = f"{side} x {side}, {points}, {'with' if masked else 'without'} mask"
             arrays |= {f"{case}/{name}": array for name, array in (inputs | results | gradients).items()}
     return arrays
 
