@@ -131,6 +131,18 @@ def _parser() -> argparse.ArgumentParser:
         takes_config=True,
     )
     inspect.add_argument("--classes", type=int, help="number of classes (default: those of the config's data set)")
+
+    plan = add(
+        "plan",
+        "Compile a config's training step, or its evaluation, for devices that are not there: memory, what is sent\n"
+        "between devices, the largest batch, ceilings of speed.",
+        "dsnet plan --config=configs/voc2012_dsnet_r101.py --target=v5e:2x4 --batch-per-device=4",
+        takes_config=True,
+    )
+    plan.add_argument("--target", required=True, help="as v5e:2x4 or h100:8; docs/planning.md lists them")
+    plan.add_argument("--batch-per-device", type=int, help="images (default: the config's batch, shared)")
+    plan.add_argument("--evaluate", action="store_true", help="the evaluation's program, not the training step")
+    plan.add_argument("--classes", type=int, help="number of classes (default: those of the config's data set)")
     return parser
 
 
@@ -231,10 +243,20 @@ def _inspect(options: argparse.Namespace) -> None:
     print_summary(config, options.classes)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from dsnet_jax.config import load_config
+
+    config = load_config(options.config_flags)
+    from dsnet_jax.plan import plan
+
+    plan(config, options.target, options.batch_per_device, options.evaluate, options.classes)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
     "inspect": _inspect,
+    "plan": _plan,
 }

@@ -71,7 +71,10 @@ def _count(jaxpr: Any, times: int, scope: str, network: str, work: Counter) -> N
             path = inner.split(f"{network}/")[-1] if f"{network}/" in inner else ""
             work[path.split("/")[0]] += times * _multiply_adds(equation)
         repeats = equation.params["length"] if name == "scan" else 1
-        for program in jaxprs_in_params(equation.params):
+        programs = list(jaxprs_in_params(equation.params))
+        if name == "cond":  # A choice by platform, the last for those that are not named: the plain formulation.
+            programs = programs[-1:]
+        for program in programs:
             _count(program, times * repeats, inner, network, work)
 
 
@@ -85,6 +88,25 @@ def _multiply_adds(equation: Any) -> int:
     return result * math.prod(right) // right[out_channels]
 
 
+def classes_of(config: ConfigDict, num_classes: int | None = None) -> int:
+    """K: the number given, or that of the config's data set, which is prepared or one of those that we know.
+
+    Raises:
+      InputError: less than one is given, or the data set is neither known nor prepared.
+    """
+    if num_classes is not None:
+        if num_classes < 1:
+            raise InputError(f"--classes is {num_classes}: 1 or more are needed", exit_code=2)
+        return num_classes
+    known = {spec.name: spec.num_classes for spec in (SHAPES, CAMVID, VOC2012)}
+    if config.data.name in known:
+        return known[config.data.name]
+    try:
+        return open_split(config.data.root, config.data.name, config.data.train_split).spec.num_classes
+    except InputError as error:
+        raise InputError(f"{error}; or give --classes") from error
+
+
 def print_summary(config: ConfigDict, num_classes: int | None = None) -> None:
     """Prints the network of a config as a table.
 
@@ -95,11 +117,7 @@ def print_summary(config: ConfigDict, num_classes: int | None = None) -> None:
     Raises:
       InputError: the config cannot be built, or its data set is neither known nor prepared.
     """
-    if num_classes is not None and num_classes < 1:
-        raise InputError(f"--classes is {num_classes}: 1 or more are needed", exit_code=2)
-    if num_classes is None:
-        known = {spec.name: spec.num_classes for spec in (SHAPES, CAMVID, VOC2012)}
-        num_classes = known.get(config.data.name) or _prepared_classes(config)
+    num_classes = classes_of(config, num_classes)
     model = build_model(config.model, num_classes)
     image_hw = config.data.crop_size_hw
     parts = parts_of(model, image_hw, train=config.model.deep_supervision)
@@ -123,13 +141,6 @@ def print_summary(config: ConfigDict, num_classes: int | None = None) -> None:
         if value is not None:
             console.print(f"{name} {_shape(value.shape)}")
     console.print("GMAC: 10^9 multiply-adds of convolutions and matrix products, forward; auxiliary only in training")
-
-
-def _prepared_classes(config: ConfigDict) -> int:
-    try:
-        return open_split(config.data.root, config.data.name, config.data.train_split).spec.num_classes
-    except InputError as error:
-        raise InputError(f"{error}; or give --classes") from error
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "weights": {"config", "data", "experiment", "workdir", "checkpoints"} | MODEL,
     "evaluation": RUN,
     "training": {"evaluation", "weights"} | RUN,
-    "plan": {"training", "evaluation", "weights"} | RUN,
+    "plan": {"training", "evaluation", "weights", "summary"} | RUN,
     "cli": {"plan", "summary", "training", "evaluation", "weights"} | RUN,
     "__main__": {"cli"},
     "__init__": {"evaluation", "weights"} | RUN,  # Lazily, for dsnet_jax.load.

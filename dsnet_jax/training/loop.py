@@ -5,7 +5,6 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,12 +29,10 @@ from dsnet_jax.stopping import Request, Stopped, deferred
 from dsnet_jax.training.init_from import init_from
 from dsnet_jax.training.memory import out_of_memory_explained
 from dsnet_jax.training.metrics_log import MetricsLog, describe, summarise
-from dsnet_jax.training.optimizer import poly_schedule, sgd
 from dsnet_jax.training.pace import Pace
-from dsnet_jax.training.step import Batch, Metrics, TrainState, initial_state, make_train_step
+from dsnet_jax.training.program import StepFunction, lower_step, step_of
+from dsnet_jax.training.step import Batch, Metrics, TrainState
 from dsnet_jax.workdir import check_workdir, claim_workdir, locked_workdir
-
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -144,11 +141,8 @@ class _Run:
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def go(self, mesh: Mesh) -> None:
-        schedule = poly_schedule(self.config.optimizer.base_lr, self.config.optimizer.poly_power, self.steps)
-        options = {k: v for k, v in self.config.optimizer.items() if k not in ("base_lr", "poly_power")}
-        optimizer = sgd(**options)
-        training = self.config.training
-        self.start(partial(initial_state, self.model, optimizer, self.config.seed, training.ema_decay), mesh)
+        from_seed, step_function = step_of(self.config, self.model, self.steps)
+        self.start(from_seed, mesh)
         start = int(self.state.step)
         # A run that was stopped in an evaluation repeats it, as it has to be known which step is the best.
         evaluated = not (start and self.evaluates_at(start)) or start in self.checkpoints.scores
@@ -163,15 +157,6 @@ class _Run:
             if not evaluated:
                 self.evaluate(start, log)
             if start < self.steps:
-                step_function = make_train_step(
-                    self.model,
-                    optimizer,
-                    schedule,
-                    self.config.seed,
-                    self.config.model.deep_supervision_weight,
-                    training.accumulation_steps,
-                    training.ema_decay,
-                )
                 self.take_steps(start, self.compile(step_function, mesh), mesh, log)
 
     def start(self, from_seed: Callable[[], TrainState], mesh: Mesh) -> None:
@@ -214,17 +199,8 @@ class _Run:
         }
 
     def compile(self, step_function: StepFunction, mesh: Mesh) -> StepFunction:
-        size, (height, width) = self.config.data.batch_size, self.config.data.crop_size_hw
-        shapes = {"image": ((size, height, width, 3), np.uint8), "label": ((size, height, width), np.uint8)}
-        shapes["stop_requested"] = ((mesh.size,), np.int32)
-        sharding = parallel.split_by_batch(mesh)
-        batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
-        replicated = parallel.replicated(mesh)
-        compiled = jax.jit(
-            step_function, donate_argnums=0, in_shardings=(replicated, sharding), out_shardings=replicated
-        )
         began = time.monotonic()
-        compiled = compiled.lower(self.state, batch).compile()
+        compiled = lower_step(self.config, step_function, self.state, mesh).compile()
         _say(f"the step is compiled, in {duration(time.monotonic() - began)}")
         return compiled
 

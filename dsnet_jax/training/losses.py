@@ -7,6 +7,8 @@ import optax
 from dsnet_jax.ops import resize_bilinear
 from dsnet_jax.ops.precision import at_least_float32
 
+BAND_ROWS = 16  # Of labels at a time, at most. Fewer take less memory; a CPU is quickest with 16 to 32.
+
 
 def labelled_pixels(labels: jax.Array, ignore_label: int = 255) -> jax.Array:
     """How many pixels of labels [B, H, W] are not `ignore_label`, int32; of the global batch if it is sharded."""
@@ -20,6 +22,9 @@ def cross_entropy(
 
     The batch is the global one when the arrays are sharded over devices: a device with few labelled pixels weighs less.
 
+    Goes from band to band of rows, forward and backward, so that the resized logits as a whole never exist: of 150
+    classes at 576x576 they and what is computed of them are 0.2 GB an image each, more than the network itself needs.
+
     Args:
       logits: [B, h, w, K], resized bilinearly to the labels' grid, in float32.
       labels: [B, H, W], integers in [0, K), or `ignore_label`.
@@ -31,9 +36,28 @@ def cross_entropy(
     """
     if pixels is None:
         pixels = labelled_pixels(labels, ignore_label)
-    logits = resize_bilinear(at_least_float32(logits), labels.shape[1:])
-    labelled = labels != ignore_label
-    # Replaced before the loss is taken: the loss of class 255 is NaN, and NaN times a mask stays NaN.
-    classes = jnp.where(labelled, labels, 0).astype(jnp.int32)
-    per_pixel = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
-    return jnp.sum(jnp.where(labelled, per_pixel, 0)) / jnp.maximum(1, pixels)
+    logits = at_least_float32(logits)
+    (batch, rows_in), (rows, columns) = logits.shape[:2], labels.shape[1:]
+    bands = -(-rows // BAND_ROWS)
+    band_rows = -(-rows // bands)
+    missing = bands * band_rows - rows  # In the last band; of no weight and without labels.
+    # The resized identity matrix holds the weight of every row of the logits in every row of labels.
+    weights = resize_bilinear(jnp.eye(rows_in, dtype=logits.dtype)[None, :, None], (rows, 1))[0, :, 0]
+    weights = jnp.pad(weights, ((0, missing), (0, 0))).reshape(bands, band_rows, rows_in)
+    labels = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label)
+    labels = labels.reshape(batch, bands, band_rows, columns).swapaxes(0, 1)
+
+    def add_band(total, band):
+        band_weights, band_labels = band
+        values = jnp.einsum("oh,bhwk->bowk", band_weights, logits, precision=jax.lax.Precision.HIGHEST)
+        values = resize_bilinear(values, (band_rows, columns))
+        labelled = band_labels != ignore_label
+        # Replaced before the loss is taken: the loss of class 255 is NaN, and NaN times a mask stays NaN.
+        classes = jnp.where(labelled, band_labels, 0).astype(jnp.int32)
+        per_pixel = optax.softmax_cross_entropy_with_integer_labels(values, classes)
+        return total + jnp.sum(jnp.where(labelled, per_pixel, 0), axis=(1, 2)), None
+
+    # A sum an image, so that devices which share the batch need not add up theirs at every band.
+    zero = jnp.zeros(batch, logits.dtype)
+    sums, _ = jax.lax.scan(jax.checkpoint(add_band, prevent_cse=False), zero, (weights, labels))
+    return jnp.sum(sums) / jnp.maximum(1, pixels)

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsnet_jax import parallel
-from dsnet_jax.training.losses import cross_entropy, labelled_pixels
+from dsnet_jax.ops import resize_bilinear
+from dsnet_jax.training.losses import BAND_ROWS, cross_entropy, labelled_pixels
 
 CLASSES = 5
 
@@ -67,6 +69,31 @@ def test_logits_are_resized_to_the_labels_grid():
     np.testing.assert_allclose(cross_entropy(logits, labels), by_hand(resized[None, None], labels), rtol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [BAND_ROWS, BAND_ROWS + 1, 2 * BAND_ROWS + 3])
+def test_bands_of_rows_make_the_loss_of_the_whole_and_its_gradient(rows):
+    """Whether the bands come out even or not; against the loss of logits that were resized before."""
+    logits, _ = batch(labelled=(True, True), size_hw=(9, 3))
+    _, labels = batch(labelled=(True, True), size_hw=(rows, 8), seed=1)
+    labels[1, rows // 2 :] = 255
+
+    def at_once(logits):
+        resized = resize_bilinear(logits, (rows, 8))
+        losses = optax.softmax_cross_entropy_with_integer_labels(resized, np.where(labels == 255, 0, labels))
+        return jnp.sum(losses * (labels != 255)) / np.sum(labels != 255)
+
+    loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, labels)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(at_once))(logits)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_logits_at_the_resolution_of_the_labels_never_exist():
+    """Nothing of a compiled gradient is as large; there would be several of them."""
+    shapes = jax.ShapeDtypeStruct((2, 32, 32, 40), jnp.float32), jax.ShapeDtypeStruct((2, 512, 256), jnp.uint8)
+    program = jax.jit(jax.value_and_grad(cross_entropy)).lower(*shapes).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 512 * 256 * 40 * 4
+
+
 def test_the_gradient_is_softmax_minus_truth_over_the_labelled_count_and_zero_where_ignored():
     logits, labels = batch()
     gradient = jax.grad(cross_entropy)(logits, labels)
@@ -81,7 +108,7 @@ def test_the_gradient_is_softmax_minus_truth_over_the_labelled_count_and_zero_wh
 
 def test_a_batch_without_a_labelled_pixel_has_loss_zero_and_gradient_zero():
     logits, labels = batch(labelled=(False, False))
-    loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels)
+    loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, labels)
     assert loss == 0
     np.testing.assert_array_equal(gradient, 0)
 
@@ -110,3 +137,14 @@ def test_the_mean_is_over_the_global_batch_when_devices_have_unequally_many_labe
     sharding = NamedSharding(mesh, PartitionSpec(parallel.AXIS))
     sharded = jax.jit(cross_entropy, in_shardings=(sharding, sharding))(logits, labels)
     np.testing.assert_allclose(sharded, by_hand(logits, labels), rtol=1e-6)
+
+
+def test_devices_that_share_a_batch_add_up_their_losses_once_not_in_every_band():
+    mesh = parallel.global_mesh()
+    split = parallel.split_by_batch(mesh)
+    shapes = ((8, 32, 8, CLASSES), jnp.float32), ((8, 4 * BAND_ROWS, 16), jnp.uint8)
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=split) for shape in shapes]
+    text = jax.jit(jax.value_and_grad(cross_entropy)).lower(*arrays).compile().as_text()
+    loops = [part for part in text.split("\n\n") if " while(" not in part and "ENTRY" not in part]
+    assert " while(" in text and "all-reduce" in text
+    assert not any("all-reduce" in part for part in loops)

@@ -1,0 +1,60 @@
+"""The training step of a config as one program for the devices of a mesh."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dsnet_jax import parallel
+from dsnet_jax.training.optimizer import poly_schedule, sgd
+from dsnet_jax.training.step import Batch, Metrics, TrainState, initial_state, make_train_step
+
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def step_of(config: ConfigDict, model: nn.Module, steps: int) -> tuple[Callable[[], TrainState], StepFunction]:
+    """What makes the fresh state of a run, and the function of its step.
+
+    Args:
+      config: of the experiment.
+      model: its network.
+      steps: of the whole run, after which the learning rate is 0.
+    """
+    options = {name: value for name, value in config.optimizer.items() if name not in ("base_lr", "poly_power")}
+    optimizer = sgd(**options)
+    schedule = poly_schedule(config.optimizer.base_lr, config.optimizer.poly_power, steps)
+    training = config.training
+    step_function = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        config.seed,
+        config.model.deep_supervision_weight,
+        training.accumulation_steps,
+        training.ema_decay,
+    )
+    return partial(initial_state, model, optimizer, config.seed, training.ema_decay), step_function
+
+
+def lower_step(config: ConfigDict, step_function: StepFunction, state: TrainState, mesh: Mesh) -> jax.stages.Lowered:
+    """The step for batches of `config.data.batch_size` crops over the devices of `mesh`, ready to be compiled.
+
+    The state is whole on every device and its memory is used again for the new one; batches are split.
+
+    Args:
+      config: of the experiment.
+      step_function: from `step_of`.
+      state: arrays, or their shapes.
+      mesh: devices, attached ones or only described.
+    """
+    size, (height, width) = config.data.batch_size, config.data.crop_size_hw
+    shapes = {"image": ((size, height, width, 3), np.uint8), "label": ((size, height, width), np.uint8)}
+    shapes["stop_requested"] = ((mesh.size,), np.int32)
+    whole, split = parallel.replicated(mesh), parallel.split_by_batch(mesh)
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=split) for name, shape in shapes.items()}
+    step = jax.jit(step_function, donate_argnums=0, in_shardings=(whole, split), out_shardings=whole)
+    return step.lower(state, batch)
