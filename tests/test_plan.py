@@ -167,8 +167,8 @@ def test_where_the_compiler_does_not_say_how_much_is_missing_batches_are_halved(
 
 
 def test_none_fits_only_if_the_least_was_measured():
-    found, asked = search(lambda batch: 20000 + batch, first=4, unit=2)
-    assert (found.fits, found.too_large, asked) == (0, 2, [2])
+    found, asked = search(lambda batch: 20000 + batch, first=8, unit=2)
+    assert (found.fits, found.too_large, asked) == (0, 2, [4, 2])
 
 
 def test_a_search_that_ends_early_says_what_it_would_have_tried():
