@@ -122,12 +122,11 @@ def _describe(target: Target) -> list[Any]:
 
 
 def _explained(target: Target, error: Exception) -> InputError:
-    extra = {"tpu": "tpu", "cuda": "cuda"}[target.platform]
     text = " ".join(str(error).split())
     if "lockfile" in text or "already in use" in text:
         return InputError(f"libtpu is in use by another process ({text[:150]}): wait for it, one at a time may compile")
     return InputError(
-        f"the compiler for {target.topology or target.platform} cannot be used ({text[:150]}): install it with "
-        f"`pip install -e '.[{extra}]'`, in an environment of its own",
+        f"the compiler for {target.platform} cannot be used ({text[:150]}): install it with "
+        f"`pip install -e '.[{target.platform}]'`, in an environment of its own",
         exit_code=2,
     )
