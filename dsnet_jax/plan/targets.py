@@ -118,7 +118,9 @@ def _describe(target: Target) -> list[Any]:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu asks the machine what it is, and waits long where that is no TPU.
     os.environ["TPU_ACCELERATOR_TYPE"] = target.accelerator_type
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
-    return topologies.get_topology_desc(target.topology, "tpu").devices
+    # A v4 is otherwise two devices a chip, which training on one never uses; the others have no such choice by default.
+    options = {"chip_config_name": "megacore"} if target.topology.startswith("v4") else {}
+    return topologies.get_topology_desc(target.topology, "tpu", **options).devices
 
 
 def _explained(target: Target, error: Exception) -> InputError:
