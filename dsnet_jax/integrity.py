@@ -109,7 +109,8 @@ def report_errors_once() -> None:
     report = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        late = "_read_array_index_and_device_put" in repr(unraisable.object)
+        coroutine = getattr(unraisable.object, "cr_code", None)
+        late = coroutine is not None and "/orbax/" in coroutine.co_filename
         if not late and str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
