@@ -1,5 +1,9 @@
 """Meshes and shardings."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -52,3 +56,36 @@ def test_the_users_own_choice_of_a_cache_wins(monkeypatch, tmp_path, cache_folde
     before = jax.config.jax_compilation_cache_dir
     parallel.configure()
     assert jax.config.jax_compilation_cache_dir == before
+
+
+FAULTS = """
+import resource, threading
+from dsnet_jax import parallel
+
+parallel.configure()
+
+def fault_pages(size):
+    for _ in range(2):  # 64 MB, 16 thousand pages: the first time they come from the system.
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        b"1" * size
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    print(faults)
+
+thread = threading.Thread(target=fault_pages, args=[2**26])  # As XLA's are: another than the main one.
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize(("platforms", "kept"), [("cpu", True), ("tpu", False)])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is another")
+def test_on_cpu_memory_that_was_freed_is_used_again(platforms, kept):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env=environment | {"JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (int(run.stdout) < 1000) == kept
