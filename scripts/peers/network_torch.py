@@ -1,41 +1,36 @@
 """DSNet put together from torchvision's parts, timed beside ours: the other side of `scripts/benchmark.py network`.
 
-What somebody without dsnet_jax would write: torchvision's ResNet at output stride 16, its ASPP, and deform_conv2d fed
-with offsets that a convolution predicts from the resized ASPP feature; channels_last, which is its fastest layout here.
+What somebody without dsnet_jax would write: torchvision's ResNet, its ASPP, and deform_conv2d fed with offsets that a
+convolution predicts from the resized ASPP feature; channels_last, which is its fastest layout here.
 
-Reads one word a line, `inference` or `training`, does that once and answers with the seconds that it took.
+Does `inference` (from normalised images to labels) or `training` (a step), or gives the number of `parameters`.
 """
 
 import argparse
-import sys
-import time
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from answering import answer, read_options
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import deform_conv2d
 
 
 class DSNet(nn.Module):
-    """Normalised images [B, 3, H, W] to logits [B, K, H, W]."""
+    """Normalised images [B, 3, H, W] to logits [B, K, H, W], or of another size."""
 
-    def __init__(self, backbone: str, classes: int, width: int, kernel: int = 3):
+    def __init__(self, backbone: str, classes: int, width: int, output_stride: int = 16, kernel: int = 3):
         super().__init__()
         bottleneck = backbone not in ("resnet18", "resnet34")
-        resnet = getattr(torchvision.models, backbone)(replace_stride_with_dilation=[False, False, bottleneck])
+        dilated = [False, output_stride < 16, output_stride < 32]
+        resnet = getattr(torchvision.models, backbone)(replace_stride_with_dilation=dilated if bottleneck else None)
         if not bottleneck:  # torchvision does not dilate basic blocks.
-            for index, block in enumerate(resnet.layer4):
-                for conv in (block.conv1, block.conv2):
-                    dilation = 1 if index == 0 and conv is block.conv1 else 2
-                    conv.stride, conv.dilation, conv.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
-                if block.downsample is not None:
-                    block.downsample[0].stride = (1, 1)
+            dilate_basic_blocks([resnet.layer2, resnet.layer3, resnet.layer4], dilated)
         low, high = (512, 2048) if bottleneck else (128, 512)
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
-        self.aspp = ASPP(high, [6, 12, 18], width)
+        self.aspp = ASPP(high, [rate * 16 // output_stride for rate in (6, 12, 18)], width)
         self.modify = nn.Sequential(nn.Conv2d(low, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.offset = nn.Conv2d(width, 2 * kernel * kernel, 3, padding=1)
         self.kernel = nn.Parameter(torch.randn(width, width, kernel, kernel) * 0.02)
@@ -48,7 +43,7 @@ class DSNet(nn.Module):
             nn.Conv2d(width, classes, 1),
         )
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, size_hw: tuple[int, int] | None = None) -> torch.Tensor:
         low = self.stages[1](self.stages[0](self.stem(images)))
         guide = self.aspp(self.stages[3](self.stages[2](low)))
         modified = self.modify(low)
@@ -57,7 +52,22 @@ class DSNet(nn.Module):
             deform_conv2d(modified, self.offset(guide), self.kernel, padding=self.kernel.shape[-1] // 2)
         )
         logits = self.classify(torch.cat([modified, sampled, guide], 1))
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+        return F.interpolate(logits, size_hw or images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def dilate_basic_blocks(layers: list[nn.Sequential], dilated: list[bool]) -> None:
+    """Puts dilation in the place of stride in some layers, in order, as torchvision does with bottlenecks."""
+    dilation = 1
+    for layer, is_dilated in zip(layers, dilated, strict=True):
+        if not is_dilated:
+            continue
+        before, dilation = dilation, 2 * dilation
+        for index, block in enumerate(layer):
+            for conv in (block.conv1, block.conv2):
+                rate = before if index == 0 and conv is block.conv1 else dilation
+                conv.stride, conv.dilation, conv.padding = (1, 1), (rate,) * 2, (rate,) * 2
+            if block.downsample is not None:
+                block.downsample[0].stride = (1, 1)
 
 
 def main() -> None:
@@ -67,11 +77,10 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=21)
     parser.add_argument("--size-hw", type=int, nargs=2, default=(512, 512))
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    network = DSNet(options.backbone, options.classes, options.width).to(memory_format=torch.channels_last)
+    parser.add_argument("--output-stride", type=int, default=16)
+    options = read_options(parser)
+    network = DSNet(options.backbone, options.classes, options.width, options.output_stride)
+    network = network.to(memory_format=torch.channels_last)
     images = torch.randn(options.batch, 3, *options.size_hw).to(memory_format=torch.channels_last)
     labels = torch.randint(0, options.classes, (options.batch, *options.size_hw))
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
@@ -87,10 +96,11 @@ def main() -> None:
         F.cross_entropy(network(images), labels, ignore_index=255).backward()
         optimizer.step()
 
-    for line in sys.stdin:
-        began = time.perf_counter()
-        {"inference": inference, "training": training}[line.strip()]()
-        print(time.perf_counter() - began, flush=True)
+    def parameters() -> int:
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    work = {"inference": inference, "training": training, "parameters": parameters}
+    answer(lambda word: work[word]())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """torchvision.ops.deform_conv2d, timed beside ours: the other side of `scripts/benchmark.py operator`.
 
-Reads one word a line, `forward` or `gradient` (the forward pass and the gradients by input, offset and weight), does
-that once in float32 and answers with the seconds that it took.
+Does `forward`, or `gradient`: the forward pass and the gradients by input, offset and weight; in float32.
 """
 
 import argparse
-import sys
-import time
 
 import torch
+from answering import answer, read_options
 from torchvision.ops import deform_conv2d
 
 
@@ -19,10 +17,7 @@ def main() -> None:
     )
     parser.add_argument("--kernel", type=int, default=3)
     parser.add_argument("--reach", type=float, default=3, help="offsets are uniform in +- so many pixels")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = read_options(parser)
     batch, height, width, channels = options.shape
     size = options.kernel
     features = torch.randn(batch, channels, height, width)
@@ -38,10 +33,8 @@ def main() -> None:
         arguments = [x.detach().requires_grad_() for x in (features, offsets, weight)]
         torch.autograd.grad(deform_conv2d(*arguments, padding=size // 2), arguments, cotangent)
 
-    for line in sys.stdin:
-        began = time.perf_counter()
-        {"forward": forward, "gradient": gradient}[line.strip()]()
-        print(time.perf_counter() - began, flush=True)
+    work = {"forward": forward, "gradient": gradient}
+    answer(lambda word: work[word]())
 
 
 if __name__ == "__main__":

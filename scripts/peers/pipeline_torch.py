@@ -1,14 +1,13 @@
-"""The PyTorch side of `scripts/benchmark_pipeline.py`: a DataLoader that decodes and augments as `dsnet train` does.
+"""A DataLoader that decodes and augments as `dsnet train` does: the other side of `scripts/benchmark.py pipeline`.
 
-Reads a folder `images/train/*` and `masks/train/*.png`. Each line on stdin asks for that many batches; the answer, when
-they were made, is a line too. Needs torch and torchvision, nothing else.
+Reads a folder `images/train/*` and `masks/train/*.png`. Makes as many batches as it is told.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
+from answering import answer, read_options
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
@@ -54,24 +53,24 @@ class Pictures(Dataset):
 
 
 def main():
-    """Answers until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--decoder", choices=("torchvision", "pillow"), default="torchvision")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = read_options(parser)
     pictures = Pictures(options.folder, options.crop, options.decoder)
     endless = torch.utils.data.RandomSampler(pictures, replacement=True, num_samples=10**9)
     batches = iter(DataLoader(pictures, options.batch, sampler=endless, num_workers=options.workers))
-    for line in sys.stdin:
-        for _ in range(int(line)):
+
+    def make(count: str) -> None:
+        for _ in range(int(count)):
             image, label = next(batches)
         assert image.dtype == label.dtype == torch.uint8
         assert (*image.shape[:2], *image.shape[2:]) == (options.batch, 3, *label.shape[1:])
-        print("made", flush=True)
+
+    answer(make)
 
 
 if __name__ == "__main__":
