@@ -77,12 +77,13 @@ class ArchiveSource:
     """A data set's files in a .tar, .tar.gz or .zip archive. Made by `open_source`.
 
     Attributes:
+      path: of the archive.
       root: the archive's path, or that of the only folder at its top.
       passed_over: links and devices, `<path>: <what it is>`.
     """
 
     def __init__(self, archive: "_Tar | _Zip"):
-        self._archive, self.passed_over = archive, archive.passed_over
+        self._archive, self.path, self.passed_over = archive, archive.path, archive.passed_over
         visible = [path for path in archive.members if not _is_hidden(path)]
         tops = {path.split("/")[0] for path in visible}
         only_top = len(tops) == 1 and all("/" in path for path in visible)
@@ -106,7 +107,8 @@ class ArchiveSource:
     def read(self, path: str) -> bytes:
         """A member's content, by several threads if need be; raises InputError if it is damaged or too large."""
         if path not in self._members:
-            raise InputError(f"{path}: not a file: remove it")
+            wrong = "not a file: remove it" if self.has(path) else "there is no such file in the archive"
+            raise InputError(f"{path}: {wrong}")
         return self._archive.read(path, self._members[path])
 
     def _below(self, folder: str) -> Iterator[str]:

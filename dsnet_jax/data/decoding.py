@@ -136,6 +136,14 @@ def read_size_hw(data: bytes | os.PathLike, name: str) -> tuple[int, int]:
         return header.height, header.width
 
 
+def read_palette(data: bytes, name: str) -> np.ndarray | None:
+    """The colours of a palette PNG, uint8 [N, 3] in RGB; None of another file. Raises InputError as `read_size_hw`."""
+    with _open_header(data, name) as header:
+        if header.mode != "P":
+            return None
+        return np.frombuffer(header.palette.getdata()[1], np.uint8).reshape(-1, 3)
+
+
 def is_rotated(data: bytes, name: str) -> bool:
     """Whether EXIF asks for a rotation or reflection, which `decode_image` does not apply."""
     with _open_header(data, name) as header:

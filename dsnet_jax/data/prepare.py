@@ -7,29 +7,42 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dsnet_jax.data.archives import open_source
-from dsnet_jax.data.builders import Camvid, Folder, SegmentationBuilder, Shapes
+from dsnet_jax.data.archives import Source, open_source
+from dsnet_jax.data.builders import Camvid, Folder, PublishedBuilder, SegmentationBuilder, Shapes
+from dsnet_jax.data.builders.ade20k import Ade20k
+from dsnet_jax.data.builders.pascal_context import PascalContext, PascalContext60
+from dsnet_jax.data.builders.voc2012 import Voc2012
 from dsnet_jax.data.decoding import MAX_PIXELS
-from dsnet_jax.data.records import VERSION
+from dsnet_jax.data.published import PublishedSource
+from dsnet_jax.data.records import PUBLISHED, VERSION
 from dsnet_jax.data.specs import IGNORE_LABEL, DatasetSpec
 from dsnet_jax.data.validation import LISTED, CheckedSplit, list_problems
 from dsnet_jax.errors import InputError
 
-DATASETS = ("shapes", "camvid", "folder")
+DATASETS = ("shapes", *PUBLISHED, "folder")
+_BUILDERS = {
+    "shapes": Shapes,
+    "camvid": Camvid,
+    "voc2012": Voc2012,
+    "ade20k": Ade20k,
+    "pascal_context": PascalContext,
+    "pascal_context_60": PascalContext60,
+}
 
 
 def prepare(
     dataset: str,
-    source: str | None,
+    source: str | Sequence[str] | None,
     root: str,
     *,
     name: str | None = None,
+    accept_repacked: bool = False,
     skip_bad: bool = False,
     max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
@@ -41,9 +54,11 @@ def prepare(
 
     Args:
       dataset: one of `DATASETS`.
-      source: the folder or the archive with the data set's files, see `archives.open_source`; None for shapes.
+      source: the folder or the archive with the data set's files, see `archives.open_source`; None for shapes. A data
+        set that is published in several pieces takes several, see `published.PublishedSource`.
       root: where data sets are kept.
       name: of a `folder` data set; the others bear their own.
+      accept_repacked: take archives whose checksum is not the published one.
       skip_bad: leave out images that have a problem, and list them; otherwise any problem is an error.
       max_pixels: the largest image that is accepted.
       overwrite: write anew what is there under that name.
@@ -51,16 +66,24 @@ def prepare(
     Raises:
       InputError: the source is not as it should be, or `root` holds something else under that name.
     """
-    name = _checked_name(dataset, source, name)
+    sources = [source] if isinstance(source, str) else list(source or ())
+    name = _checked_name(dataset, sources, name)
     target = Path(root) / name
     problems_file = target.with_name(f"{name}-problems.txt")
     if target.exists() and not (target / VERSION / "dataset_info.json").exists():
         raise InputError(f"{target}: exists, and is not a data set of this version: move it away, or change --root")
-    with (
-        _workspace(target) as workspace,
-        open_source(Path(source), workspace) if source else contextlib.nullcontext() as files,
-    ):
-        new_builder = {"shapes": Shapes, "camvid": Camvid, "folder": functools.partial(Folder, name)}[dataset]
+    new_builder = functools.partial(Folder, name) if dataset == "folder" else _BUILDERS[dataset]
+    is_published = dataset != "folder" and issubclass(new_builder, PublishedBuilder)
+    if len(sources) > 1 and not is_published:
+        raise InputError(f"{dataset} takes one --source, not {len(sources)}", exit_code=2)
+    if accept_repacked and not is_published:
+        raise InputError(f"{dataset} takes no --accept-repacked: no checksum of it is known", exit_code=2)
+    with _workspace(target) as workspace, contextlib.ExitStack() as stack:
+        files: Source | PublishedSource | None = None
+        if is_published:
+            files = PublishedSource(sources, workspace, stack, accept_repacked)
+        elif sources:
+            files = stack.enter_context(open_source(Path(sources[0]), workspace))
         builder = new_builder(files, workspace, problems_file, skip_bad, max_pixels)
         problems_file.unlink(missing_ok=True)  # Of an earlier run.
         splits = builder.checked_splits
@@ -76,14 +99,14 @@ def prepare(
             print(f"{name} is prepared in {target}")
         if files and files.passed_over:
             print(f"{len(files.passed_over)} members that are no files were not read: {_first(files.passed_over)}")
-    print(describe(builder.spec, splits))
+    print("\n".join([*builder.notes, describe(builder.spec, splits, builder.composed_splits)]))
 
 
-def _checked_name(dataset: str, source: str | None, name: str | None) -> str:
+def _checked_name(dataset: str, sources: list[str], name: str | None) -> str:
     if dataset not in DATASETS:
         raise InputError(f"data set {dataset!r} is not known: choose one of {', '.join(DATASETS)}", exit_code=2)
-    if (source is None) != (dataset == "shapes"):
-        wanted = "is drawn and takes no --source" if source else "wants --source, the folder or archive with its files"
+    if (not sources) != (dataset == "shapes"):
+        wanted = "is drawn and takes no --source" if sources else "wants --source, the folder or archive with its files"
         raise InputError(f"{dataset} {wanted}", exit_code=2)
     if (name is None) == (dataset == "folder"):
         wanted = "bears its own name and takes no --name" if name else "wants --name, which configs will call it by"
@@ -145,8 +168,16 @@ def _write(builder: SegmentationBuilder, target: Path, workspace: Path):
     (workspace / builder.name).rename(target)
 
 
-def describe(spec: DatasetSpec, splits: dict[str, CheckedSplit]) -> str:
-    """What the splits hold, for people: counts, sizes, and the share of each class in the labelled pixels."""
+def describe(
+    spec: DatasetSpec, splits: dict[str, CheckedSplit], composed: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """What the splits hold, for people: counts, sizes, and the share of each class in the labelled pixels.
+
+    Args:
+      spec: classes and colours.
+      splits: by name.
+      composed: which of them make up another split, by its name.
+    """
     lines = []
     for split, checked in splits.items():
         heights, widths = map(_range, checked.sizes_hw.T)
@@ -155,6 +186,9 @@ def describe(spec: DatasetSpec, splits: dict[str, CheckedSplit]) -> str:
             lines.append(f"  {checked.rotated_count} ask for a rotation by EXIF: pixels are taken as they are stored")
         if checked.other_files:
             lines.append(f"  {len(checked.other_files)} other files were not read: {_first(checked.other_files)}")
+    for split, parts in (composed or {}).items():
+        count = sum(len(splits[part].pairs) for part in parts)
+        lines.append(f"{split}: {count} images, those of {' and '.join(parts)}")
     rows = {"share of pixels": list(splits)}
     for label, class_name in [*enumerate(spec.class_names), (IGNORE_LABEL, "ignored")]:
         rows[class_name] = [_share(checked.label_pixels, label) for checked in splits.values()]

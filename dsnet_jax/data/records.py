@@ -1,6 +1,8 @@
 """Prepared data sets, as `builders` wrote them, read by position."""
 
+import hashlib
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 
 VERSION = "1.0.0"  # Of the records' layout.
+PUBLISHED = ("camvid", "voc2012", "ade20k", "pascal_context", "pascal_context_60")  # Prepared under their own names.
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ class Split:
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, name: str):
-        stored = builder.info.metadata["splits"][name]
+        metadata = builder.info.metadata
+        parts = metadata.get("composed", {}).get(name, [name])
+        stored = [metadata["splits"][part] for part in parts]
         self.name = name
-        self.spec = DatasetSpec.from_json(builder.info.metadata["spec"])
-        self.sizes_hw = np.array(stored["sizes_hw"], np.int32)
-        self.fingerprint: str = stored["fingerprint"]
+        self.spec = DatasetSpec.from_json(metadata["spec"])
+        self.sizes_hw = np.concatenate([np.array(part["sizes_hw"], np.int32).reshape(-1, 2) for part in stored])
+        self.fingerprint = _join([part["fingerprint"] for part in stored])
         as_stored = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
-        self._records = builder.as_data_source(name, decoders=as_stored)
+        self._records = builder.as_data_source("+".join(parts), decoders=as_stored)
 
     def __len__(self) -> int:
         return len(self.sizes_hw)
@@ -69,25 +74,39 @@ class Split:
         return Record(record["id"].decode(), record["image"], record["label"] or None, size_hw)
 
 
+def _join(parts: Sequence[str]) -> str:
+    """The fingerprint of a split that is composed of others; that of one part is its own."""
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
 def open_split(root: str, name: str, split: str) -> Split:
     """Opens a split of a prepared data set.
 
     Args:
       root: the folder given to `dsnet prepare --root`.
       name: of the data set.
-      split: of the data set.
+      split: of the data set, stored or composed of others that are.
 
     Raises:
       InputError: the data set is not prepared, or has no such split.
     """
+    builder = _open(root, name)
+    known = [*builder.info.splits, *builder.info.metadata.get("composed", {})]
+    if split not in known:
+        raise InputError(f"{root}: data set {name!r} has no split {split!r}: choose one of {', '.join(known)}")
+    return Split(builder, split)
+
+
+def split_names(root: str, name: str) -> list[str]:
+    """The splits of a prepared data set, as stored; arguments and errors are those of `open_split`."""
+    return list(_open(root, name).info.metadata["splits"])
+
+
+def _open(root: str, name: str) -> tfds.core.DatasetBuilder:
     folder = Path(root) / name / VERSION
     if not (folder / "dataset_info.json").exists():
-        arguments = {"shapes": "shapes", "camvid": "camvid --source=DIR"}.get(
-            name, f"folder --name={name} --source=DIR"
-        )
+        arguments = {"shapes": "shapes"}.get(name, f"folder --name={name} --source=DIR")
+        if name in PUBLISHED:
+            arguments = f"{name} --source=DIR"
         raise InputError(f"{root}: data set {name!r} is not prepared: run `dsnet prepare {arguments} --root={root}`")
-    builder = tfds.builder_from_directory(folder)
-    if split not in builder.info.splits:
-        known = ", ".join(builder.info.splits)
-        raise InputError(f"{root}: data set {name!r} has no split {split!r}: choose one of {known}")
-    return Split(builder, split)
+    return tfds.builder_from_directory(folder)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from dsnet_jax.data import class_tables
 from dsnet_jax.errors import InputError
 
 IGNORE_LABEL = 255
@@ -112,6 +113,20 @@ CAMVID = DatasetSpec("camvid", tuple(_CAMVID_COLOURS), tuple(_CAMVID_COLOURS.val
 _VOC_NAMES = """background aeroplane bicycle bird boat bottle bus car cat chair cow
 diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor"""
 VOC2012 = DatasetSpec("voc2012", tuple(_VOC_NAMES.split()), voc_palette(21))
+
+_ADE20K_LINES = [line.split(maxsplit=3) for line in class_tables.ADE20K.strip().splitlines()]
+ADE20K = DatasetSpec(
+    "ade20k",
+    tuple(name for *_, name in _ADE20K_LINES),
+    tuple((int(red), int(green), int(blue)) for red, green, blue, _ in _ADE20K_LINES),
+)
+
+_CONTEXT_PAIRS = [line.split() for line in class_tables.PASCAL_CONTEXT.strip().splitlines()]
+PASCAL_CONTEXT_IDS = tuple(int(id_) for id_, _ in _CONTEXT_PAIRS)  # Of the categories, by label.
+_CONTEXT_NAMES = tuple(name for _, name in _CONTEXT_PAIRS)
+# The benchmark has no colours of its own: a class has the same one with background and without.
+PASCAL_CONTEXT = DatasetSpec("pascal_context", _CONTEXT_NAMES, voc_palette(60)[1:])
+PASCAL_CONTEXT_60 = DatasetSpec("pascal_context_60", ("background", *_CONTEXT_NAMES), voc_palette(60))
 
 
 @dataclass(frozen=True)

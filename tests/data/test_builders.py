@@ -233,6 +233,8 @@ def test_a_camvid_folder_without_its_splits_is_refused(tmp_path):
     [
         ("shapes", "dsnet prepare shapes --root=ROOT"),
         ("camvid", "dsnet prepare camvid --source=DIR --root=ROOT"),
+        ("voc2012", "dsnet prepare voc2012 --source=DIR --root=ROOT"),
+        ("pascal_context_60", "dsnet prepare pascal_context_60 --source=DIR --root=ROOT"),
         ("town", "dsnet prepare folder --name=town --source=DIR --root=ROOT"),
     ],
 )

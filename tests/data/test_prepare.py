@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsnet_jax.cli import main
 from dsnet_jax.data import builders
 from dsnet_jax.data.decoding import decode_mask
-from dsnet_jax.data.prepare import prepare
+from dsnet_jax.data.prepare import DATASETS, prepare
 from dsnet_jax.data.records import open_split
 from dsnet_jax.errors import InputError
 
@@ -72,6 +73,12 @@ def test_a_folder_is_prepared_under_its_name_and_its_contents_are_told(source, r
     assert re.search(rf"^  road +{np.mean(pixels == 0):.2%} ", out, re.MULTILINE)
     assert re.search(r"^  tram +none +none$", out, re.MULTILINE), "a class that does not occur"
     assert re.search(r"^  ignored +none +none$", out, re.MULTILINE)
+
+
+def test_the_command_knows_every_data_set(capsys):
+    assert main(["prepare", "nothing"]) == 2
+    error = capsys.readouterr().err
+    assert [name for name in DATASETS if f"'{name}'" not in error] == []
 
 
 def test_shapes_need_no_source(root, monkeypatch):
@@ -313,7 +320,12 @@ def test_a_folder_that_is_no_data_set_is_never_replaced(source, overwrite):
 @pytest.mark.parametrize(
     ("dataset", "source_given", "name", "message"),
     [
-        ("voc", True, None, "data set 'voc' is not known: choose one of shapes, camvid, folder"),
+        (
+            "voc",
+            True,
+            None,
+            "data set 'voc' is not known: choose one of shapes, camvid, voc2012, ",
+        ),
         ("shapes", True, None, "shapes is drawn and takes no --source"),
         ("camvid", False, None, "camvid wants --source"),
         ("folder", True, None, "folder wants --name"),

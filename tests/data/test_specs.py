@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 
 from dsnet_jax.data import specs
-from dsnet_jax.data.specs import CAMVID, SHAPES, VOC2012, DatasetSpec, parse_class_list
+from dsnet_jax.data.specs import (
+    ADE20K,
+    CAMVID,
+    PASCAL_CONTEXT,
+    PASCAL_CONTEXT_60,
+    PASCAL_CONTEXT_IDS,
+    SHAPES,
+    VOC2012,
+    DatasetSpec,
+    parse_class_list,
+)
 from dsnet_jax.errors import InputError
 
 
-@pytest.mark.parametrize("spec", [SHAPES, CAMVID, VOC2012])
+@pytest.mark.parametrize("spec", [SHAPES, CAMVID, VOC2012, ADE20K, PASCAL_CONTEXT, PASCAL_CONTEXT_60])
 def test_a_spec_survives_json(spec):
     assert DatasetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
@@ -29,7 +39,28 @@ def test_the_known_data_sets_have_their_published_classes_and_colours():
     assert specs.voc_palette(256)[255] == specs.IGNORE_COLOUR
 
 
-@pytest.mark.parametrize("spec", [SHAPES, CAMVID, VOC2012])
+def test_ade20k_s_classes_are_in_the_order_of_their_share_of_pixels_as_its_list_has_them():
+    assert ADE20K.num_classes == 150
+    assert ADE20K.class_names[:5] == ("wall", "building", "sky", "floor", "tree")
+    assert ADE20K.class_names != tuple(sorted(ADE20K.class_names))
+    places = {"bed": 8, "person": 13, "chest of drawers": 45, "screen door": 59, "television": 90, "flag": 150}
+    assert {name: ADE20K.class_names.index(name) + 1 for name in places} == places  # objectInfo150.txt counts from 1.
+    named = dict(zip(ADE20K.class_names, ADE20K.palette, strict=True))
+    assert (named["wall"], named["sky"], named["flag"]) == ((120, 120, 120), (6, 230, 230), (92, 0, 255))
+
+
+def test_pascal_context_s_classes_are_the_names_of_their_ids_among_the_459():
+    pairs = dict(zip(PASCAL_CONTEXT_IDS, PASCAL_CONTEXT.class_names, strict=True))
+    # From labels.txt of the data set, where lines are "<id>: <name>"; the order of the ids is that of the names.
+    known = {2: "aeroplane", 9: "bag", 18: "bed", 284: "person", 397: "table", 427: "tvmonitor", 458: "wood"}
+    assert {id_: pairs[id_] for id_ in known} == known
+    assert len(pairs) == 59 and list(pairs) == sorted(pairs) and list(pairs.values()) == sorted(pairs.values())
+    assert set(VOC2012.class_names) - {"background", "diningtable"} < set(PASCAL_CONTEXT.class_names)
+    assert PASCAL_CONTEXT_60.class_names == ("background", *PASCAL_CONTEXT.class_names)
+    assert PASCAL_CONTEXT_60.palette == ((0, 0, 0), *PASCAL_CONTEXT.palette)
+
+
+@pytest.mark.parametrize("spec", [SHAPES, CAMVID, VOC2012, PASCAL_CONTEXT, PASCAL_CONTEXT_60])
 def test_no_two_classes_look_alike(spec):
     assert len({*spec.palette, specs.IGNORE_COLOUR}) == spec.num_classes + 1
 

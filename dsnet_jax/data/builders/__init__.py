@@ -1,4 +1,4 @@
-"""The data sets as TFDS builders, without TensorFlow, and how their records are read.
+"""The data sets as TFDS builders, without TensorFlow; those that others published have a file each.
 
 A record holds the image file as it was found and the labels as an 8-bit grey PNG: 0 to K - 1, or 255. A builder for
 another data set says where its pairs are and, if its masks are not such labels already, what makes labels of them.
@@ -8,8 +8,9 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from dsnet_jax.data.archives import Source
 from dsnet_jax.data.decoding import MAX_PIXELS, decode_mask
+from dsnet_jax.data.published import Piece, PublishedSource
 from dsnet_jax.data.records import VERSION
 from dsnet_jax.data.shapes import draw_scene
 from dsnet_jax.data.specs import CAMVID, IGNORE_LABEL, SHAPES, DatasetSpec, parse_class_list
@@ -47,12 +49,15 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     Attributes:
       spec: classes and colours.
+      composed: splits that are others one after the other, whose records are stored once; those with all their parts.
+      notes: what is to be told about the source, once its splits have been found.
       label_of_value: label of every value that a mask file may hold, uint8 [256].
       labels_of_colours: label of every colour that an RGB mask may hold; None: there are no RGB masks.
     """
 
     VERSION = tfds.core.Version(VERSION)
     spec: DatasetSpec
+    composed: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     label_of_value = np.arange(256, dtype=np.uint8)
     labels_of_colours = None
 
@@ -66,6 +71,7 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     ):
         self.source, self.problems_file = source, problems_file
         self.skip_bad, self.max_pixels = skip_bad, max_pixels
+        self.notes: list[str] = []
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def find_splits(self) -> dict[str, FoundSplit]:
@@ -96,6 +102,11 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             self.max_pixels,
         )
 
+    @property
+    def composed_splits(self) -> dict[str, tuple[str, ...]]:
+        """Those of `composed` whose parts there are."""
+        return {name: parts for name, parts in self.composed.items() if set(parts) <= set(self.checked_splits)}
+
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
             "id": tfds.features.Text(),
@@ -108,10 +119,11 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             builder=self,
             description=type(self).__doc__,
             features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(spec=self.spec.to_json(), splits={}),
+            metadata=tfds.core.MetadataDict(spec=self.spec.to_json(), splits={}, composed={}),
         )
 
     def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[Callable[[], Iterator]]]:
+        self.info.metadata["composed"] = {name: list(parts) for name, parts in self.composed_splits.items()}
         shards = {}
         for split, checked in self.checked_splits.items():
             self.info.metadata["splits"][split] = {
@@ -132,6 +144,45 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             height, width = checked.sizes_hw[index]
             label = b"" if labels is None else _encode_labels(labels)
             yield index, {"id": pair.id, "image": image, "label": label, "height": height, "width": width}
+
+
+class PublishedBuilder(SegmentationBuilder, skip_registration=True):
+    """A data set of which the pieces, the classes and the number of images are known.
+
+    Attributes:
+      counts: how many images a split has, where that is known.
+    """
+
+    source: PublishedSource
+    counts: ClassVar[Mapping[str, int]]
+
+    def find_published(self) -> dict[str, FoundSplit]:
+        """As `find_splits`, before images are counted; the first split is the one that nothing is done without."""
+        raise NotImplementedError
+
+    def find_splits(self) -> dict[str, FoundSplit]:
+        """What the source holds, of which no image is missing or in two splits; raises InputError otherwise."""
+        splits = self.find_published()
+        split_of_id: dict[str, str] = {}
+        for split, found in splits.items():
+            count, wanted = len(found.pairs) + len(found.problems), self.counts.get(split)
+            if wanted is not None and count != wanted:
+                raise InputError(
+                    f"{self.name}: {split} has {count} images here, and {wanted} as it was published: download it "
+                    "again; images of your own choice are a `folder` data set"
+                )
+            for pair in found.pairs:
+                if split_of_id.setdefault(pair.id, split) != split:
+                    where = f"both in {split_of_id[pair.id]} and in {split}"
+                    raise InputError(f"{self.name}: image {pair.id} is {where}: these are not the published lists")
+        self.notes[:0] = self.source.notes
+        return splits
+
+    def require(self, piece: Piece) -> str:
+        """Where a piece is; raises InputError if it is not there."""
+        if (root := self.source.find(piece)) is None:
+            raise InputError(f"{piece.name}: not found: {piece.advice}")
+        return root
 
 
 class Shapes(SegmentationBuilder, skip_registration=True):
