@@ -5,109 +5,46 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from matplotlib import font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from dsnet_jax.data.drawing import fitted_hw, resized, sheet
 from dsnet_jax.data.specs import IGNORE_COLOUR, IGNORE_LABEL, DatasetSpec
 
 PANEL_HW = (360, 480)  # A comparison's panels are scaled, up or down, to fit into this.
-GAP = 12  # Pixels between the parts of a comparison.
-FONT_SIZE = 15
-INK, FAINT, PAPER = (32, 32, 32), (176, 176, 176), (255, 255, 255)
 MOST_CLASSES_WITH_FIGURES = 32  # In a picture of a confusion matrix; with more, colours alone tell.
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, spec: DatasetSpec, opacity: float = 0.5) -> np.ndarray:
-    """The image with its labels' colours over it and white outlines between them; ignored pixels stay as they are.
-
-    Args:
-      image: RGB, uint8 [H, W, 3].
-      labels: uint8 [H, W], classes of `spec` or 255.
-      spec: gives the colours.
-      opacity: of the colours, 0 .. 1.
-
-    Returns:
-      RGB, uint8 [H, W, 3].
-    """
-    picture = np.rint((1 - opacity) * image + opacity * spec.colourise(labels)).astype(np.uint8)
-    ignored = labels == IGNORE_LABEL
-    picture[ignored] = image[ignored]
-    picture[:-1][labels[:-1] != labels[1:]] = 255
-    picture[:, :-1][labels[:, :-1] != labels[:, 1:]] = 255
-    return picture
-
-
 def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, spec: DatasetSpec) -> np.ndarray:
-    """Image, truth and prediction in a row, and below them the colours of the classes that occur.
+    """Image, truth and prediction in a row: `comparisons` of one image."""
+    return comparisons([(image, {"truth": truth, "prediction": prediction})], spec)
 
-    The panels all have the truth's proportions and are scaled to fit 480 x 360 pixels, labels by nearest neighbour.
+
+def comparisons(rows: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]], spec: DatasetSpec) -> np.ndarray:
+    """A row for each image, with several labellings of it beside it, and below them the classes that occur.
+
+    Panels all have the labels' proportions and are scaled to fit 480 x 360 pixels, labels by nearest neighbour. The
+    captions stand above the first row.
 
     Args:
-      image: RGB, uint8 [h, w, 3], at any resolution.
-      truth: uint8 [H, W], classes of `spec` or 255.
-      prediction: uint8 [H, W], likewise.
+      rows: pairs of an image, RGB, uint8 [h, w, 3], at any resolution, and its labels by caption, uint8 [H, W], classes
+        of `spec` or 255. The captions are those of the first row.
       spec: gives names and colours.
 
     Returns:
       RGB, uint8 [H', W', 3].
     """
-    height, width = truth.shape
-    scale = min(PANEL_HW[0] / height, PANEL_HW[1] / width)
-    panel_wh = max(1, round(width * scale)), max(1, round(height * scale))
-    panels = {"image": Image.fromarray(image).resize(panel_wh, Image.Resampling.LANCZOS)}
-    for heading, labels in (("truth", truth), ("prediction", prediction)):
-        panels[heading] = Image.fromarray(spec.colourise(labels)).resize(panel_wh, Image.Resampling.NEAREST)
-
-    font = _font()
-    line = FONT_SIZE + 9
-    column = max(panel_wh[0], PANEL_HW[1] // 2)  # A narrow picture still leaves its heading and the legend some room.
-    row_width = 3 * column + 4 * GAP
-    occurring = np.union1d(truth, prediction).tolist()
-    names = [(_name(label, spec), _colour(label, spec)) for label in occurring]
-    legend = _flow([line + font.getlength(name) for name, _ in names], row_width - 2 * GAP, spacing=1.5 * FONT_SIZE)
-    legend_top = GAP + line + panel_wh[1] + GAP
-    rows = 1 + max(row for row, _ in legend)
-    canvas = Image.new("RGB", (row_width, legend_top + rows * line + GAP // 2), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for index, (heading, panel) in enumerate(panels.items()):
-        left = GAP + index * (column + GAP) + (column - panel_wh[0]) // 2
-        draw.text((left, GAP), heading, INK, font)
-        canvas.paste(panel, (left, GAP + line))
-    for (name, colour), (row, x) in zip(names, legend, strict=True):
-        left, top = GAP + x, legend_top + row * line
-        draw.rectangle((left, top + 1, left + FONT_SIZE, top + 1 + FONT_SIZE), colour, FAINT)
-        draw.text((left + line, top), name, INK, font)
-    return np.asarray(canvas)
-
-
-def _flow(widths: list[float], available: float, spacing: float) -> list[tuple[int, float]]:
-    """Row and left end of each of several things that are set like words, left to right and top to bottom."""
-    row, x, places = 0, 0.0, []
-    for width in widths:
-        if x and x + width > available:
-            row, x = row + 1, 0.0
-        places.append((row, x))
-        x += width + spacing
-    return places
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), FONT_SIZE)  # Comes with Matplotlib.
-
-
-def _name(label: int, spec: DatasetSpec) -> str:
-    return "ignored" if label == IGNORE_LABEL else spec.class_names[label]
-
-
-def _colour(label: int, spec: DatasetSpec) -> tuple[int, int, int]:
-    return IGNORE_COLOUR if label == IGNORE_LABEL else spec.palette[label]
-
-
-def write_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
-    """Writes an RGB picture, uint8 [H, W, 3], as PNG; the path may be gs://."""
-    with epath.Path(path).open("wb") as file:
-        Image.fromarray(picture).save(file, "PNG")
+    occurring = set()
+    panels = []
+    for image, labellings in rows:
+        size_hw = fitted_hw(next(iter(labellings.values())).shape, PANEL_HW)
+        row = [("image", resized(image, size_hw))]
+        for caption, labels in labellings.items():
+            occurring.update(np.unique(labels).tolist())
+            row.append((caption, spec.colourise(resized(labels, size_hw))))
+        panels.append([("" if panels else caption, panel) for caption, panel in row])
+    # A narrow picture still leaves its caption and the legend some room.
+    return sheet(panels, sorted(occurring), spec, column=PANEL_HW[1] // 2)
 
 
 def write_labels(path: str | os.PathLike, labels: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> None:

@@ -12,10 +12,8 @@ from dsnet_jax.data.specs import CAMVID, IGNORE_COLOUR, SHAPES, VOC2012, Dataset
 from dsnet_jax.evaluation.pictures import (
     _draw_confusion_matrix,
     comparison,
-    overlay,
     write_confusion_matrix,
     write_labels,
-    write_picture,
 )
 
 MANY = DatasetSpec("many", tuple(f"chest of drawers {i}" for i in range(150)), voc_palette(150))
@@ -23,20 +21,6 @@ MANY = DatasetSpec("many", tuple(f"chest of drawers {i}" for i in range(150)), v
 
 def colours_of(picture):
     return {tuple(colour) for colour in np.unique(picture.reshape(-1, 3), axis=0).tolist()}
-
-
-def test_an_overlay_blends_colours_outlines_classes_and_leaves_ignored_pixels():
-    image = np.full((4, 6, 3), 100, np.uint8)
-    labels = np.zeros((4, 6), np.uint8)
-    labels[:, 3:] = 3
-    labels[3, :] = 255
-    picture = overlay(image, labels, SHAPES, opacity=0.25)
-    expected = np.empty_like(picture)
-    expected[:, :3] = np.rint(75 + 0.25 * np.array(SHAPES.palette[0]))
-    expected[:, 3:] = np.rint(75 + 0.25 * np.array(SHAPES.palette[3]))
-    expected[2] = expected[:3, 2] = 255  # The outlines, above the ignored row and left of class 3.
-    expected[3] = 100
-    np.testing.assert_array_equal(picture, expected)
 
 
 def test_a_comparison_shows_image_truth_and_prediction_side_by_side():
@@ -93,12 +77,6 @@ def test_label_files_keep_size_and_index_and_carry_the_palette(tmp_path, size_hw
 def test_labels_that_are_not_uint8_are_refused(tmp_path):
     with pytest.raises(ValueError, match="int64"):
         write_labels(tmp_path / "a.png", np.zeros((2, 2), np.int64), VOC2012.palette)
-
-
-def test_a_picture_is_written_as_it_is(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    write_picture(tmp_path / "a.png", picture)
-    np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), picture)
 
 
 def test_a_confusion_matrix_is_drawn_in_percent_of_each_true_class():
