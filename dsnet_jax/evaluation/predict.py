@@ -9,11 +9,15 @@ from etils import epath
 
 from dsnet_jax import parallel
 from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, read_file, read_size_hw
+from dsnet_jax.data.drawing import overlay, write_picture
 from dsnet_jax.data.pipeline import Example
 from dsnet_jax.data.transforms import resize_image, scaled_size_hw
 from dsnet_jax.errors import InputError
-from dsnet_jax.evaluation.inference import Segmenter, canvas_hw
-from dsnet_jax.evaluation.pictures import overlay, write_labels, write_picture
+from dsnet_jax.evaluation.canvases import canvas_hw
+from dsnet_jax.evaluation.inference import Segmenter
+from dsnet_jax.evaluation.passes import scaled_canvases
+from dsnet_jax.evaluation.pictures import write_labels
+from dsnet_jax.evaluation.protocols import Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.progress import track
 
@@ -28,6 +32,7 @@ def predict_files(
     inputs: Sequence[str],
     output: epath.PathLike,
     max_pixels: int = LABELLED_PIXELS,
+    protocol: str = "ss",
 ) -> int:
     """Labels image files and writes two pictures for each: `<name>.png` and `<name>_overlay.png`.
 
@@ -40,18 +45,22 @@ def predict_files(
       step: of the checkpoint; "best"; None: the last.
       inputs: image files, and folders, of which files with the ending of an image are taken, not deeper ones.
       output: folder for the pictures; made if it is not there.
-      max_pixels: the largest canvas on which an image is computed; what needs a larger one is not decoded.
+      max_pixels: of the largest canvas on which an image is computed, enlarged and mirrored as the protocol does it;
+        what needs more is not decoded.
+      protocol: one of `protocols.NAMES`.
 
     Returns:
       How many files could not be labelled.
 
     Raises:
-      InputError: the run cannot be used, there is no image, two would be written to one place, or one over an image.
+      InputError: the run cannot be used, there is no image, two would be written to one place, or one over an image,
+        or there is no such protocol.
     """
     files, others = _image_files(inputs)
     output = epath.Path(output)
     names = _output_names(files, output)
     trained = load_trained(workdir, step)
+    seen = protocol_named(protocol, trained.config)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,7 +70,7 @@ def predict_files(
     def readable(files: Sequence[Path]) -> Iterator[Example]:
         for index, file in enumerate(track(files, "labelling images")):
             try:
-                image = _read_image(file, trained.config.data.image_scale, max_pixels)
+                image = _read_image(file, trained.config.data.image_scale, seen, max_pixels)
             except InputError as error:
                 failed.append(file)
                 print(f"dsnet: {error}", file=sys.stderr)
@@ -70,7 +79,7 @@ def predict_files(
             scaled = resize_image(image, trained.config.data.image_scale)
             yield Example(index, str(file), scaled, None, image.shape[:2])
 
-    segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh())
+    segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh(), seen)
     for batch, labels, _ in segmenter.run(readable(files), batch_size=1):
         for example, prediction in batch.cropped(labels):
             file = files[example.index]
@@ -84,14 +93,16 @@ def predict_files(
     return len(failed)
 
 
-def _read_image(file: Path, image_scale: float, max_pixels: int) -> np.ndarray:
+def _read_image(file: Path, image_scale: float, protocol: Protocol, max_pixels: int) -> np.ndarray:
     data = read_file(file)
     size_hw = read_size_hw(data, str(file))
-    height, width = canvas_hw(scaled_size_hw(size_hw, image_scale))
-    if height * width > max_pixels:
+    canvas = canvas_hw(scaled_size_hw(size_hw, image_scale))
+    height, width = max(canvas, *scaled_canvases(protocol, canvas))
+    if height * width * (2 if protocol.flip else 1) > max_pixels:
+        twice = ", and one more for the mirror image" if protocol.flip else ""
         raise InputError(
-            f"{file}: {size_hw[0]} x {size_hw[1]} pixels (height x width) need a canvas of {height} x {width}, which "
-            f"is more than {max_pixels} pixels: make it smaller, or raise --max-pixels if the memory is there"
+            f"{file}: {size_hw[0]} x {size_hw[1]} pixels (height x width) need a canvas of {height} x {width}{twice}, "
+            f"which is more than {max_pixels} pixels: make it smaller, or raise --max-pixels if the memory is there"
         )
     return decode_image(data, str(file), max(max_pixels, MAX_PIXELS))
 

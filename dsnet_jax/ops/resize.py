@@ -45,7 +45,17 @@ def resize_bilinear(
 
 def _weights(size_in: int, size_out: int, ratio, valid_in, dtype) -> jax.Array:
     """Share of each input cell in each output cell, [(B,) size_out, size_in]; ratio and valid_in are numbers or [B]."""
-    ratio, valid_in = (jnp.asarray(value, dtype)[..., None] for value in (ratio, valid_in))
-    centre = (jnp.arange(size_out, dtype=dtype) + 0.5) * ratio - 0.5
-    centre = jnp.clip(centre, 0.0, valid_in - 1.0)[..., None]
-    return jnp.maximum(0.0, 1.0 - jnp.abs(jnp.arange(size_in, dtype=dtype) - centre))
+    centre = (jnp.arange(size_out, dtype=dtype) + 0.5) * jnp.asarray(ratio, dtype)[..., None] - 0.5
+    return bilinear_weights(centre, size_in, jnp.asarray(valid_in, dtype))
+
+
+def bilinear_weights(centre: jax.Array, size: int, valid: jax.Array) -> jax.Array:
+    """Share of each cell of a row in what is read from it between its cells, [..., n] -> [..., n, size].
+
+    Args:
+      centre: where it is read, in cells; 0 is the centre of the first one.
+      size: cells of the row.
+      valid: the number of those that are valid, the last of which stands for those beyond, [...].
+    """
+    centre = jnp.clip(centre, 0.0, valid[..., None] - 1.0)[..., None]
+    return jnp.maximum(0.0, 1.0 - jnp.abs(jnp.arange(size, dtype=centre.dtype) - centre))

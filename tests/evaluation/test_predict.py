@@ -1,5 +1,7 @@
 """Labelling images of all kinds that are in no data set."""
 
+import re
+
 import cv2
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,10 @@ from PIL import Image
 
 from dsnet_jax import cli, parallel
 from dsnet_jax.data.decoding import MAX_PIXELS
+from dsnet_jax.data.drawing import overlay
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import predict
-from dsnet_jax.evaluation.inference import canvas_hw
-from dsnet_jax.evaluation.pictures import overlay
+from dsnet_jax.evaluation.canvases import canvas_hw
 from dsnet_jax.evaluation.predict import predict_files
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.ops import resize_bilinear
@@ -170,6 +172,22 @@ def test_the_limit_is_on_the_canvas_at_the_working_resolution(random_run, tmp_pa
     file = write_image(tmp_path / "photo.png", 128, 128)
     assert predict_files(random_run, None, [str(file)], tmp_path / "out", max_pixels=64 * 64) == 0
     assert predict_files(random_run, None, [str(file)], tmp_path / "out", max_pixels=64 * 64 - 1) == 1
+
+
+def test_the_limit_is_on_the_largest_canvas_of_a_protocol(random_run, tmp_path, capsys):
+    file = write_image(tmp_path / "photo.png", 60, 50)
+    limit = {"max_pixels": 2 * 128 * 128, "protocol": "ms_flip"}
+    less = limit | {"max_pixels": 2 * 128 * 128 - 1}
+    assert predict_files(random_run, None, [str(file)], tmp_path / "out", **less) == 1
+    told = (
+        "60 x 50 pixels (height x width) need a canvas of 128 x 128, and one more for the mirror image, which is more"
+    )
+    assert told in capsys.readouterr().err
+    text = (random_run / "config.json").read_text()
+    scales = re.search(r'"scales": \[[^]]*\]', text)[0]
+    (random_run / "config.json").write_text(text.replace(scales, '"scales": [2.0]'))
+    assert predict_files(random_run, None, [str(file)], tmp_path / "out", **limit) == 0
+    assert read_labels(tmp_path / "out" / "photo.png")[0].shape == (60, 50)
 
 
 def test_a_photo_of_12_million_pixels_fits_and_the_largest_that_is_decoded_does_not():
