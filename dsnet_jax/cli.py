@@ -6,11 +6,13 @@ JAX is imported by the subcommands that compute, not before: `dsnet --help` answ
 import argparse
 import contextlib
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+from dsnet_jax import cli_export, cli_inspect
 from dsnet_jax.errors import InputError
 from dsnet_jax.stopping import Stopped, raising
 
@@ -73,19 +75,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
-    def add(name: str, summary: str, example: str, takes_config: bool = False) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
-        command.set_defaults(takes_config=takes_config)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return command
+    add = functools.partial(_add_command, commands)
 
     prepare = add(
         "prepare",
         "Check every file of a data set and write it in the form that is trained from.",
         "dsnet prepare camvid --source=/data/CamVid",
     )
-    prepare.add_argument("data_set", choices=("shapes", "camvid", "folder"), help="what is prepared")
-    prepare.add_argument("--source", help="folder, .tar, .tar.gz or .zip of the images and masks; shapes needs none")
+    data_sets = ("shapes", "camvid", "voc2012", "ade20k", "pascal_context", "pascal_context_60", "folder")
+    prepare.add_argument("data_set", choices=data_sets, help="what is prepared")
+    prepare.add_argument(
+        "--source",
+        action="append",
+        help="folder, .tar, .tar.gz or .zip of the images and masks; shapes needs none; what is published in pieces "
+        "takes the folder where they lie, or several --source",
+    )
+    prepare.add_argument(
+        "--accept-repacked", action="store_true", help="take archives whose checksum is not the published one"
+    )
     prepare.add_argument("--root", default="datasets", help="where prepared data sets lie (default: %(default)s)")
     prepare.add_argument("--name", help="name of a `folder` data set, as config.data.name refers to it")
     prepare.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them")
@@ -110,27 +117,52 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint_flags(evaluate)
     evaluate.add_argument("--split", help="split of the data set (default: config.data.eval_split)")
     evaluate.add_argument("--root", help="where prepared data sets lie (default: config.data.root)")
+    _add_protocol_flag(evaluate)
     _add_process_flags(evaluate)
 
     predict = add(
         "predict",
-        "Label images: an index PNG in the data set's palette and a coloured overlay for each.",
+        "Label images: an index PNG in the data set's palette and a coloured overlay for each; or a whole split, for\n"
+        "the server of its benchmark: --split=test --submission=FILE.tgz.",
         "dsnet predict --workdir=runs/camvid --output=predictions street.jpg more_images/",
     )
     _add_checkpoint_flags(predict)
-    predict.add_argument("--output", required=True, help="folder for the predictions")
+    predict.add_argument("--output", help="folder for the predictions of the images given")
+    predict.add_argument("--split", help="split of the run's data set that --submission is for")
+    predict.add_argument("--submission", help="archive to write: .tgz for voc2012, .zip for ade20k")
+    predict.add_argument("--root", help="where prepared data sets lie (default: config.data.root)")
+    _add_protocol_flag(predict)
     predict.add_argument(
         "--max-pixels", type=int, help="refuse images that need a larger canvas (default: 4096 x 3072)"
     )
-    predict.add_argument("inputs", nargs="+", help="images, and folders of images")
+    predict.add_argument("inputs", nargs="*", help="images, and folders of images")
+
+    export = add(
+        "export",
+        "Write a trained network as one file for other programs: StableHLO or ONNX, from images as they are to labels\n"
+        "of their size; or its weights as safetensors, all of them, or the backbone by torchvision's names.",
+        "dsnet export --workdir=runs/camvid --format=onnx --size-hw 360 480 --output=camvid.onnx",
+    )
+    _add_checkpoint_flags(export)
+    cli_export.add_arguments(export)
 
     inspect = add(
         "inspect",
-        "Print the network of a config: shapes, parameters and multiply-adds of its parts.",
-        "dsnet inspect --config=configs/voc2012_dsnet_r101.py",
-        takes_config=True,
+        "Look at a network, a data set, the points that a network samples, or a submission.",
+        "dsnet inspect model --config=configs/voc2012_dsnet_r101.py",
     )
-    inspect.add_argument("--classes", type=int, help="number of classes (default: those of the config's data set)")
+    subjects = inspect.add_subparsers(dest="subject", metavar="SUBJECT", required=True, parser_class=_Parser)
+    cli_inspect.add_subjects(functools.partial(_add_command, subjects), _add_checkpoint_flags)
+
+    port = add(
+        "port",
+        "Take over weights of others: a ResNet's, for config.init_from; or torchvision's FCN or DeepLabv3 with its 21\n"
+        "classes, for every command. docs/porting.md has every way in.",
+        "dsnet port resnet50-0676ba61.pth --workdir=weights/resnet50",
+    )
+    port.add_argument("file", help=".safetensors, or .pth (needs the extra `port`: PyTorch)")
+    port.add_argument("--workdir", required=True, help="new folder for the weights")
+    port.add_argument("--backbone-only", action="store_true", help="leave out the head of a whole network")
 
     plan = add(
         "plan",
@@ -146,9 +178,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_command(
+    commands: argparse._SubParsersAction, name: str, summary: str, example: str, takes_config: bool = False
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+    command.set_defaults(takes_config=takes_config)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
 def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run, as given to `dsnet train`")
     parser.add_argument("--step", type=_step, help="step of the checkpoint, or `best` (default: the last)")
+
+
+def _add_protocol_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--protocol",
+        default="ss",
+        choices=("ss", "flip", "ms_flip", "slide"),
+        help="what the network sees: the image, its mirror image too, both at several scales, or windows of "
+        "it (default: %(default)s; scales and windows are fields of config.evaluation)",
+    )
 
 
 def _add_process_flags(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +233,7 @@ def _prepare(options: argparse.Namespace) -> None:
         options.source,
         options.root,
         name=options.name,
+        accept_repacked=options.accept_repacked,
         skip_bad=options.skip_bad,
         overwrite=options.overwrite,
         **limit,
@@ -222,25 +274,40 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     parallel.configure()
     with _together(options):
-        evaluate_run(options.workdir, options.step, options.split, options.root)
+        evaluate_run(options.workdir, options.step, options.split, options.root, options.protocol)
 
 
 def _predict(options: argparse.Namespace) -> int:
+    if options.submission or options.split:
+        return _predict_submission(options)
+    if not options.inputs or not options.output or options.root:
+        raise InputError("predict wants images and --output, or --split and --submission (and --root)", exit_code=2)
     from dsnet_jax import parallel
     from dsnet_jax.evaluation.predict import predict_files
 
     parallel.configure()
-    limit = {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
-    return 1 if predict_files(options.workdir, options.step, options.inputs, options.output, **limit) else 0
+    flags = {"protocol": options.protocol}
+    if options.max_pixels is not None:
+        flags["max_pixels"] = options.max_pixels
+    return 1 if predict_files(options.workdir, options.step, options.inputs, options.output, **flags) else 0
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    from dsnet_jax.config import load_config
+def _predict_submission(options: argparse.Namespace) -> int:
+    of_files = options.inputs or options.output or options.max_pixels
+    if not options.submission or not options.split or of_files:
+        raise InputError("--split and --submission go together, without images, --output or --max-pixels", exit_code=2)
+    from dsnet_jax import parallel
+    from dsnet_jax.evaluation.submit import predict_submission
 
-    config = load_config(options.config_flags)
-    from dsnet_jax.summary import print_summary
+    parallel.configure()
+    predict_submission(options.workdir, options.step, options.split, options.submission, options.root, options.protocol)
+    return 0
 
-    print_summary(config, options.classes)
+
+def _port(options: argparse.Namespace) -> None:
+    from dsnet_jax.weights.port import port
+
+    port(options.file, options.workdir, options.backbone_only)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -257,6 +324,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
-    "inspect": _inspect,
+    "export": cli_export.run,
+    "inspect": cli_inspect.run,
+    "port": _port,
     "plan": _plan,
 }

@@ -12,12 +12,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from dsnet_jax import parallel, processes
+from dsnet_jax.data.drawing import write_picture
 from dsnet_jax.data.pipeline import Example, evaluation_examples
 from dsnet_jax.data.records import Split, open_split
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import pictures, reports
+from dsnet_jax.evaluation.boundary import boundary_counts
+from dsnet_jax.evaluation.canvases import choose_canvases
 from dsnet_jax.evaluation.inference import Segmenter
+from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained
+from dsnet_jax.ops.extent import CANVAS_MULTIPLE
 from dsnet_jax.progress import track
 from dsnet_jax.stopping import Request, Stopped
 
@@ -28,23 +33,33 @@ class Evaluation:
 
     Attributes:
       matrix: confusion matrix of the whole split, int64 [K, K], rows are the truth.
+      boundary: pixels near outlines, by class, of the whole split, int64 [3, K], see `boundary_counts`.
       images: how many were scored: the split's number.
       padding_images: how many were computed only to fill batches.
-      padded_share: pixels that were computed over pixels that the images have, at least 1.
+      padded_share: pixels that the network saw over pixels that the bare images would have shown it, at least 1.
+      programs: how many this process compiled, or had compiled before: one for each pair of canvases.
       shown: examples spread evenly over the split, each with its predicted labels, uint8 [H, W].
     """
 
     matrix: np.ndarray
+    boundary: np.ndarray
     images: int
     padding_images: int
     padded_share: float
+    programs: int
     shown: list[tuple[Example, np.ndarray]]
 
 
 def evaluate(
-    model: nn.Module, variables: Any, split: Split, config: ConfigDict, show: int = 0, stop: Request | None = None
+    model: nn.Module,
+    variables: Any,
+    split: Split,
+    config: ConfigDict,
+    show: int = 0,
+    stop: Request | None = None,
+    protocol: Protocol = SINGLE_SCALE,
 ) -> Evaluation:
-    """Predicts every image of a split at single scale and counts its labelled pixels in one confusion matrix.
+    """Predicts every image of a split and counts its labelled pixels in one confusion matrix.
 
     Every process takes its share of the images; the counts are the same in all of them, and `shown` has each its own.
 
@@ -52,9 +67,11 @@ def evaluate(
       model: a segmentation network.
       variables: its params and batch_stats.
       split: a split with labels.
-      config: of the experiment: data.image_scale, data.read_threads, evaluation.batch_size.
+      config: of the experiment: data.image_scale, data.read_threads, evaluation.batch_size (divided by how much the
+        protocol enlarges an image).
       show: how many examples to keep for looking at.
       stop: looked at after every batch; None: nobody asks.
+      protocol: what the network is given of an image.
 
     Raises:
       InputError: the split has no labels.
@@ -62,25 +79,32 @@ def evaluate(
       RuntimeError: the number of images scored is not the split's.
     """
     index, count = jax.process_index(), jax.process_count()
-    segmenter = Segmenter(model, variables, parallel.local_mesh())
+    segmenter = Segmenter(model, variables, parallel.local_mesh(), protocol)
+    batch_size = segmenter.whole(max(1, int(config.evaluation.batch_size / protocol.enlargement)))
+    canvases = choose_canvases(split.sizes_hw[index::count], config.data.image_scale, protocol, batch_size)
     wanted = set(np.linspace(0, len(split) - 1, min(show, len(split)), dtype=int).tolist())
     images, padding, computed, true = 0, 0, 0, 0
-    matrix = np.zeros((split.spec.num_classes,) * 2, np.int64)
+    programs = set()
+    num_classes = split.spec.num_classes
+    matrix, boundary = np.zeros((num_classes, num_classes), np.int64), np.zeros((3, num_classes), np.int64)
     shown = []
     examples = evaluation_examples(split, config.data.image_scale, index, count, config.data.read_threads)
     if processes.is_main_process():
         examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(range(index, len(split), count)))
     told = 0
-    for batch, labels, counts in segmenter.run(examples, config.evaluation.batch_size):
+    for batch, labels, counts in segmenter.run(examples, batch_size, lambda example: canvases[example.label_hw]):
         if counts is None:
             raise InputError(
                 f"split {split.name!r} of {split.spec.name} has no labels to score: choose another --split"
             )
         matrix += np.asarray(counts, np.int64)
+        pairs = ((example.label, part) for example, part in batch.cropped(labels))
+        boundary += boundary_counts(pairs, num_classes, config.data.read_threads)
         images += len(batch.examples)
         padding += batch.padding
-        computed += batch.images[..., 0].size
-        true += sum(example.image[..., 0].size for example in batch.examples)
+        programs.add((batch.images.shape[1:3], batch.label_canvas_hw))
+        computed += len(batch.images) * int(protocol.pixels(batch.images.shape[1:3], CANVAS_MULTIPLE))
+        true += int(protocol.pixels(batch.size_hw[: len(batch.examples)]).sum())
         if any(example.index in wanted for example in batch.examples):
             shown += [(example, part) for example, part in batch.cropped(labels) if example.index in wanted]
         if told := _asked_to_stop(stop):
@@ -93,7 +117,8 @@ def evaluate(
     if images != len(split):
         raise RuntimeError(f"{images} images were scored, split {split.name} of {split.spec.name} has {len(split)}")
     shown.sort(key=lambda pair: pair[0].index)
-    return Evaluation(processes.sum_over_processes(matrix), images, padding, computed / true, shown)
+    matrix, boundary = processes.sum_over_processes(matrix), processes.sum_over_processes(boundary)
+    return Evaluation(matrix, boundary, images, padding, computed / true, len(programs), shown)
 
 
 def _asked_to_stop(stop: Request | None) -> int:
@@ -107,9 +132,15 @@ def _asked_to_stop(stop: Request | None) -> int:
 
 
 def evaluate_run(
-    workdir: epath.PathLike, step: int | str | None = None, split: str | None = None, root: str | None = None
+    workdir: epath.PathLike,
+    step: int | str | None = None,
+    split: str | None = None,
+    root: str | None = None,
+    protocol: str = "ss",
 ) -> None:
     """Scores the network of a run, prints a table and writes `evaluation/<split>/` in its workdir.
+
+    Other protocols than `ss` have folders of their own, `evaluation/<split>_<protocol>/`.
 
     Written are results.json, table.md, confusion_matrix.csv and .png, and overlays/.
 
@@ -118,9 +149,10 @@ def evaluate_run(
       step: of the checkpoint; "best"; None: the last.
       split: of the data set; None: `config.data.eval_split`.
       root: where prepared data sets lie; None: `config.data.root`.
+      protocol: one of `protocols.NAMES`.
 
     Raises:
-      InputError: the run, its checkpoint or the split cannot be used.
+      InputError: the run, its checkpoint or the split cannot be used, or there is no such protocol.
     """
     trained = load_trained(workdir, step)
     config = trained.config
@@ -130,25 +162,28 @@ def evaluate_run(
             f"{workdir} was trained on {trained.spec.num_classes} classes, {data.spec.name} has now "
             f"{data.spec.num_classes}, or others: prepare the data set as it was"
         )
-    found = evaluate(trained.model, trained.variables, data, config, config.evaluation.overlays)
+    seen = protocol_named(protocol, config)
+    found = evaluate(trained.model, trained.variables, data, config, config.evaluation.overlays, protocol=seen)
     if not processes.is_main_process():
         return
     results = reports.summarise(
         found.matrix,
+        found.boundary,
         data.spec,
         split=data.name,
         images=found.images,
         padding=found.padding_images,
         checkpoint_step=trained.step,
         config=config.to_dict(),
-    )
-    folder = epath.Path(workdir) / "evaluation" / data.name
+        protocol=protocol,
+    ) | {"padded_share": found.padded_share, "programs": found.programs}
+    folder = epath.Path(workdir) / "evaluation" / (data.name if protocol == "ss" else f"{data.name}_{protocol}")
     reports.write_results(folder, results, found.matrix)
     pictures.write_confusion_matrix(folder / "confusion_matrix.png", found.matrix, data.spec)
     (folder / "overlays").mkdir(exist_ok=True)
     for example, prediction in found.shown:
         row = pictures.comparison(example.image, example.label, prediction, data.spec)
-        pictures.write_picture(folder / "overlays" / f"{example.id.replace('/', '_')}.png", row)
+        write_picture(folder / "overlays" / f"{example.id.replace('/', '_')}.png", row)
     Console().print(reports.console_table(results))
-    print(f"pixels computed over pixels of the images: {found.padded_share:.3f}")
+    print(f"pixels computed over pixels of the images: {found.padded_share:.3f}, on {found.programs} canvases")
     print(f"written to {folder}: results.json, table.md, confusion_matrix.csv, confusion_matrix.png, overlays/")

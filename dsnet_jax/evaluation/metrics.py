@@ -1,14 +1,16 @@
-"""Scores of a segmentation, all of them from one confusion matrix.
+"""Scores of a segmentation, all of them from one confusion matrix; `boundary` has the one that is not.
 
 The matrix is counted exactly: in int32 on the device, a batch at a time, and added up in int64 on the host.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 
 
@@ -111,8 +113,8 @@ def score(matrix: np.ndarray) -> Scores:
     return Scores(
         iou=iou,
         accuracy=accuracy,
-        miou=_mean(iou),
-        mean_accuracy=_mean(accuracy),
+        miou=mean_of_present(iou),
+        mean_accuracy=mean_of_present(accuracy),
         pixel_accuracy=int(right.sum()) / pixels,
         frequency_weighted_iou=sum(
             value * int(count) / pixels for value, count in zip(iou, truth, strict=True) if value is not None
@@ -126,5 +128,66 @@ def _ratios(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float | N
     return tuple(int(n) / int(d) if d else None for n, d in zip(numerators, denominators, strict=True))
 
 
-def _mean(values: tuple[float | None, ...]) -> float:
-    return float(np.mean([value for value in values if value is not None]))
+def mean_of_present(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are not None; None if all are."""
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure by which results on a benchmark are compared.
+
+    Attributes:
+      name: what it is called in tables.
+      value: a fraction, 0 .. 1; None where it cannot be told.
+      meaning: how it comes about, or why there is none.
+    """
+
+    name: str
+    value: float | None
+    meaning: str
+
+
+def benchmark_figures(matrix: np.ndarray, spec: DatasetSpec) -> tuple[Figure, ...]:
+    """The figures by which results on this data set are compared, beside its mIoU; none for most.
+
+    Args:
+      matrix: int64 [K, K], pixels; rows are the truth, columns the predictions.
+      spec: whose name tells the benchmark: ade20k, pascal_context (59 classes) or pascal_context_60 (with background).
+
+    Raises:
+      InputError: the matrix is empty.
+    """
+    if spec.name == "ade20k":
+        scores = score(matrix)
+        meaning = "mean of pixel accuracy and mIoU, over labelled pixels"
+        return (Figure("ADE20K score", (scores.pixel_accuracy + scores.miou) / 2, meaning),)
+    if spec.name in ("pascal_context", "pascal_context_60"):
+        return _context_figures(matrix, spec)
+    return ()
+
+
+def _context_figures(matrix: np.ndarray, spec: DatasetSpec) -> tuple[Figure, ...]:
+    """The three that papers mix: a network without a background class cannot have the second."""
+    miou, meaning = score(matrix).miou, "pixels of the 59 classes alone are scored"
+    if "background" in spec.class_names:
+        background = spec.class_names.index("background")
+        of_classes = matrix.copy()
+        of_classes[background] = 0
+        iou = score(of_classes).iou if of_classes.any() else ()
+        miou_59 = mean_of_present(iou[:background] + iou[background + 1 :])
+        miou_60, meaning_60 = miou, "all pixels are scored, background is a class like the others"
+        meaning += "; background predicted there is a miss"
+    else:
+        miou_59, miou_60 = miou, None
+        meaning_60 = "none: it needs a network trained with background, on pascal_context_60"
+    return (
+        Figure("mIoU, 59 classes", miou_59, meaning),
+        Figure("mIoU, 60 classes", miou_60, meaning_60),
+        Figure(
+            "mIoU, 59 classes, x 59/60",
+            None if miou_59 is None else miou_59 * 59 / 60,
+            "as if background were a class that is never found, and never takes from the others",
+        ),
+    )

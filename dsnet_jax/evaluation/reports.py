@@ -1,9 +1,11 @@
 """An evaluation's results as files and as a table: one dictionary, written and rendered.
 
-`results.json` holds everything, `confusion_matrix.csv` what it was computed from, `table.md` what people look at.
+`results.json` holds everything, `confusion_matrix.csv` what most of it was computed from, `table.md` what people look
+at.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -15,18 +17,28 @@ from rich.table import Table
 from rich.text import Text
 
 from dsnet_jax.data.specs import DatasetSpec
-from dsnet_jax.evaluation.metrics import score
+from dsnet_jax.evaluation.boundary import boundary_iou
+from dsnet_jax.evaluation.metrics import benchmark_figures, mean_of_present, score
 
 SUMMARY = {
     "miou": "mIoU",
+    "boundary_miou": "mean boundary IoU",
     "mean_accuracy": "mean accuracy",
     "pixel_accuracy": "pixel accuracy",
     "frequency_weighted_iou": "frequency-weighted IoU",
 }
+PROTOCOLS = {
+    "ss": "each image once, whole, at its own scale",
+    "flip": "each image and its mirror image, whole, at its own scale",
+    "ms_flip": "each image and its mirror image, whole, at several scales",
+    "slide": "each image through windows, at its own scale",
+}
+HEADINGS = ("IoU %", "boundary IoU %", "accuracy %", "true pixels %")  # Of the columns beside the classes.
 
 
 def summarise(
     matrix: np.ndarray,
+    boundary: np.ndarray,
     spec: DatasetSpec,
     *,
     split: str,
@@ -40,19 +52,21 @@ def summarise(
 
     Args:
       matrix: int64 [K, K], pixels; rows are the truth, columns the predictions.
-      spec: names the K classes.
+      boundary: int64 [3, K], pixels near outlines, of `boundary_counts`.
+      spec: names the K classes; its own name tells which benchmark's figures are added.
       split: that was scored.
       images: how many were scored.
       padding: how many images were computed to fill batches, and not counted.
       checkpoint_step: of the weights.
       config: tells this experiment from others; kept as it is.
-      protocol: ss (single scale), flip, or ms_flip (several scales and flips).
+      protocol: a key of `PROTOCOLS`.
 
     Raises:
       InputError: no valid pixel was scored.
     """
-    scores = score(matrix)
+    scores, near_outlines = score(matrix), boundary_iou(boundary)
     truth, predicted = matrix.sum(axis=1), matrix.sum(axis=0)
+    means = dataclasses.asdict(scores) | {"boundary_miou": mean_of_present(near_outlines)}
     return {
         "dataset": spec.name,
         "split": split,
@@ -61,13 +75,16 @@ def summarise(
         "images": images,
         "padding_images": padding,
         "pixels": scores.pixels,
-        **{key: getattr(scores, key) for key in SUMMARY},
+        **{key: means[key] for key in SUMMARY},
+        "benchmark_figures": [dataclasses.asdict(figure) for figure in benchmark_figures(matrix, spec)],
         "classes_averaged": spec.num_classes - len(scores.absent),
         "absent_classes": [spec.class_names[index] for index in scores.absent],
+        "boundary_classes_averaged": spec.num_classes - near_outlines.count(None),
         "classes": [
             {
                 "name": name,
                 "iou": scores.iou[index],
+                "boundary_iou": near_outlines[index],
                 "accuracy": scores.accuracy[index],
                 "true_pixels": int(truth[index]),
                 "predicted_pixels": int(predicted[index]),
@@ -109,7 +126,10 @@ def markdown_table(results: dict) -> str:
     """What `summarise` gave, as a page of Markdown with a table of classes."""
     lines = [f"# {_title(results)}", "", _origin(results), "", "| | % |", "|---|---:|"]
     lines += [f"| {label} | {_percent(results[key])} |" for key, label in SUMMARY.items()]
-    lines += ["", "| class | IoU % | accuracy % | share of true pixels % |", "|---|---:|---:|---:|"]
+    if figures := results["benchmark_figures"]:
+        lines += ["", f"| {results['dataset']} | % | |", "|---|---:|---|"]
+        lines += [f"| {figure['name']} | {_percent(figure['value'])} | {figure['meaning']} |" for figure in figures]
+    lines += ["", "| class | " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * len(HEADINGS) + "|"]
     lines += ["| " + " | ".join(field.replace("|", "\\|") for field in row) + " |" for row in _rows(results)]
     return "\n".join([*lines, "", _absent(results)]) + "\n"
 
@@ -118,15 +138,21 @@ def console_table(results: dict) -> Group:
     """The same for the terminal: print it with a `rich.console.Console`."""
     table = Table(title=Text(_title(results)))  # Text: names in square brackets are not markup.
     table.add_column("class")
-    for heading in ("IoU %", "accuracy %", "true pixels %"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for row in _rows(results):
         table.add_row(*map(Text, row))
     table.add_section()
-    table.add_row("mean", _percent(results["miou"]), _percent(results["mean_accuracy"]), style="bold")
+    means = map(_percent, (results["miou"], results["boundary_miou"], results["mean_accuracy"]))
+    table.add_row("mean", *means, style="bold")
     # Class accuracies weighted by frequency are the pixel accuracy.
-    table.add_row("by frequency", _percent(results["frequency_weighted_iou"]), _percent(results["pixel_accuracy"]))
-    return Group(table, Text(_origin(results)), Text(_absent(results)))
+    by_frequency = map(_percent, (results["frequency_weighted_iou"], None, results["pixel_accuracy"]))
+    table.add_row("by frequency", *by_frequency)
+    figures = [
+        Text(f"{figure['name']}: {_percent(figure['value'])} % ({figure['meaning']})")
+        for figure in results["benchmark_figures"]
+    ]
+    return Group(table, *figures, Text(_origin(results)), Text(_absent(results)))
 
 
 def _title(results: dict) -> str:
@@ -136,24 +162,26 @@ def _title(results: dict) -> str:
 def _origin(results: dict) -> str:
     return (
         f"{results['images']:,} images, {results['pixels']:,} valid pixels, weights of step "
-        f"{results['checkpoint_step']:,}. Images that only filled batches, not counted: {results['padding_images']:,}."
+        f"{results['checkpoint_step']:,}. Images that only filled batches, not counted: {results['padding_images']:,}. "
+        f"Protocol {results['protocol']}: {PROTOCOLS[results['protocol']]}."
     )
 
 
 def _absent(results: dict) -> str:
     counted, absent = results["classes_averaged"], results["absent_classes"]
-    if not absent:
-        return f"The mIoU is the mean of all {counted} classes."
-    return (
-        f"The mIoU is the mean of {counted} of {counted + len(absent)} classes: neither true nor predicted anywhere "
-        f"are {', '.join(absent)}."
-    )
+    text = f"The mIoU is the mean of all {counted} classes."
+    if absent:
+        text = f"The mIoU is the mean of {counted} of {counted + len(absent)} classes: neither true nor predicted "
+        text += f"anywhere are {', '.join(absent)}."
+    if results["boundary_classes_averaged"] != counted:
+        text += f" That of the boundary IoU is of {results['boundary_classes_averaged']}, which have outlines."
+    return text
 
 
 def _rows(results: dict) -> list[tuple[str, ...]]:
     pixels = results["pixels"]
     return [
-        (row["name"], _percent(row["iou"]), _percent(row["accuracy"]), _percent(row["true_pixels"] / pixels))
+        (row["name"], *map(_percent, (row["iou"], row["boundary_iou"], row["accuracy"], row["true_pixels"] / pixels)))
         for row in results["classes"]
     ]
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
+from dsnet_jax.data.specs import ADE20K, PASCAL_CONTEXT, PASCAL_CONTEXT_60, VOC2012
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import metrics
-from dsnet_jax.evaluation.metrics import confusion_counts, score
+from dsnet_jax.evaluation.metrics import benchmark_figures, confusion_counts, score
 
 WAYS = {
     "as dispatched": confusion_counts,
@@ -100,3 +101,47 @@ def test_scores_hold_beyond_int32():
     assert scores.pixels == 2**40 + 2**39 + 2**38 and scores.iou[0] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="int64"):
         score(np.eye(2, dtype=np.int32))
+
+
+def context_matrix(cells, spec):
+    """A matrix in which each (truth, prediction), by class name, has so many pixels."""
+    matrix = np.zeros((spec.num_classes, spec.num_classes), np.int64)
+    for (truth, prediction), pixels in cells.items():
+        matrix[spec.class_names.index(truth), spec.class_names.index(prediction)] = pixels
+    return matrix
+
+
+def test_the_score_of_ade20k_is_the_mean_of_pixel_accuracy_and_miou():
+    matrix = np.zeros((150, 150), np.int64)
+    matrix[:2, :2] = [[60, 10], [5, 25]]
+    (figure,) = benchmark_figures(matrix, ADE20K)
+    assert figure.value == pytest.approx((0.85 + (60 / 75 + 25 / 40) / 2) / 2)  # Absent classes are left out.
+
+
+def test_a_network_with_background_has_the_three_figures_of_pascal_context():
+    """By hand: 100 pixels of bag, of which 10 are called background; 50 of bed; 80 of background, 20 called bag."""
+    cells = {("bag", "bag"): 90, ("bag", "background"): 10, ("bed", "bed"): 40, ("bed", "bag"): 10}
+    cells |= {("background", "background"): 60, ("background", "bag"): 20}
+    figures = benchmark_figures(context_matrix(cells, PASCAL_CONTEXT_60), PASCAL_CONTEXT_60)
+    of_59 = (90 / 110 + 40 / 50) / 2  # Bag: 90 of 100 true and 10 of bed; what is called bag in background is not seen.
+    of_60 = (60 / 90 + 90 / 130 + 40 / 50) / 3
+    assert [figure.name for figure in figures] == ["mIoU, 59 classes", "mIoU, 60 classes", "mIoU, 59 classes, x 59/60"]
+    assert [figure.value for figure in figures] == pytest.approx([of_59, of_60, of_59 * 59 / 60])
+
+
+def test_a_network_of_59_classes_has_two_of_them_and_says_why():
+    cells = {("bag", "bag"): 90, ("bed", "bed"): 40, ("bed", "bag"): 10}
+    figures = benchmark_figures(context_matrix(cells, PASCAL_CONTEXT), PASCAL_CONTEXT)
+    of_59 = (90 / 100 + 40 / 50) / 2
+    assert (figures[0].value, figures[2].value) == pytest.approx((of_59, of_59 * 59 / 60))
+    assert figures[1].value is None and "needs a network trained with background" in figures[1].meaning
+
+
+def test_with_nothing_but_background_there_is_no_figure_for_the_59():
+    cells = {("background", "background"): 60, ("background", "bag"): 20}
+    figures = benchmark_figures(context_matrix(cells, PASCAL_CONTEXT_60), PASCAL_CONTEXT_60)
+    assert [figure.value for figure in figures] == [None, pytest.approx(60 / 80 / 2), None]
+
+
+def test_a_data_set_without_figures_of_its_own_has_none():
+    assert benchmark_figures(np.eye(21, dtype=np.int64), VOC2012) == ()

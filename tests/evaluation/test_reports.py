@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,21 +12,25 @@ from rich.console import Console
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import reports
+from dsnet_jax.evaluation.protocols import NAMES
 from dsnet_jax.evaluation.reports import console_table, markdown_table, summarise, write_results
 
 SPEC = DatasetSpec("rooms", ("wall|door", "cha[i]r", "[b]lamp"), ((0, 0, 0), (200, 0, 0), (0, 200, 0)))
 MATRIX = np.array([[60, 10, 0], [5, 25, 0], [0, 0, 0]], np.int64)
+BOUNDARY = np.array([[8, 5, 0], [10, 20, 0], [18, 10, 0]], np.int64)  # 8 of 20, 5 of 25.
 
 
-def results_of(matrix=MATRIX, images=7):
+def results_of(matrix=MATRIX, images=7, spec=SPEC, boundary=BOUNDARY, protocol="ss"):
     return summarise(
         matrix,
-        SPEC,
+        boundary,
+        spec,
         split="val",
         images=images,
         padding=1,
         checkpoint_step=1200,
         config={"seed": 3, "model": {"backbone": "resnet50"}},
+        protocol=protocol,
     )
 
 
@@ -33,6 +38,7 @@ def test_results_json_holds_every_figure_and_where_it_comes_from(tmp_path):
     write_results(tmp_path / "new" / "evaluation", results_of(), MATRIX)
     results = json.loads((tmp_path / "new" / "evaluation" / "results.json").read_text())
     assert results["miou"] == pytest.approx((60 / 75 + 25 / 40) / 2)
+    assert results["boundary_miou"] == pytest.approx((8 / 20 + 5 / 25) / 2)
     assert results["mean_accuracy"] == pytest.approx((60 / 70 + 25 / 30) / 2)
     assert results["pixel_accuracy"] == pytest.approx(0.85)
     assert results["frequency_weighted_iou"] == pytest.approx(0.7 * 60 / 75 + 0.3 * 25 / 40)
@@ -40,15 +46,18 @@ def test_results_json_holds_every_figure_and_where_it_comes_from(tmp_path):
     assert (results["images"], results["padding_images"], results["pixels"]) == (7, 1, 100)
     assert (results["checkpoint_step"], results["config"]) == (1200, {"seed": 3, "model": {"backbone": "resnet50"}})
     assert results["absent_classes"] == ["[b]lamp"] and results["classes_averaged"] == 2
+    assert results["boundary_classes_averaged"] == 2 and results["benchmark_figures"] == []
     chair, lamp = results["classes"][1:]
     assert chair == {
         "name": "cha[i]r",
         "iou": 25 / 40,
+        "boundary_iou": 5 / 25,
         "accuracy": 25 / 30,
         "true_pixels": 30,
         "predicted_pixels": 35,
     }
-    assert lamp == {"name": "[b]lamp", "iou": None, "accuracy": None, "true_pixels": 0, "predicted_pixels": 0}
+    nothing = {"iou": None, "boundary_iou": None, "accuracy": None, "true_pixels": 0, "predicted_pixels": 0}
+    assert lamp == {"name": "[b]lamp", **nothing}
 
 
 def test_the_matrix_can_be_read_back_with_its_class_names(tmp_path):
@@ -93,13 +102,55 @@ def test_an_evaluation_without_valid_pixels_is_refused():
 def test_the_markdown_table_has_a_row_for_each_class_and_names_the_absent_ones():
     page = markdown_table(results_of())
     assert "# rooms val: 71.25 % mIoU (ss)" in page
-    assert "| wall\\|door | 80.00 | 85.71 | 70.00 |" in page and "| [b]lamp | – | – | 0.00 |" in page
+    assert "| wall\\|door | 80.00 | 40.00 | 85.71 | 70.00 |" in page and "| [b]lamp | – | – | – | 0.00 |" in page
+    assert "| class | IoU % | boundary IoU % | accuracy % | true pixels % |\n|---|---:|---:|---:|---:|\n" in page
+    assert "| mIoU | 71.25 |\n| mean boundary IoU | 30.00 |" in page
     assert "mean of 2 of 3 classes" in page and "are [b]lamp." in page
     assert "| pixel accuracy | 85.00 |" in page and "7 images, 100 valid pixels, weights of step 1,200" in page
 
 
 def test_the_mean_of_all_classes_is_said_to_be_one():
     assert "mean of all 3 classes" in markdown_table(results_of(np.eye(3, dtype=np.int64)))
+
+
+@pytest.mark.parametrize("protocol", ["ss", "flip", "ms_flip", "slide"])
+def test_results_and_tables_name_the_protocol_and_say_what_it_is(protocol):
+    results = results_of(protocol=protocol)
+    console = Console(width=200, file=(output := io.StringIO()))
+    console.print(console_table(results))
+    assert results["protocol"] == protocol
+    for text in (markdown_table(results), output.getvalue()):
+        assert f"mIoU ({protocol})" in text and f"Protocol {protocol}: {reports.PROTOCOLS[protocol]}." in text
+    assert reports.PROTOCOLS.keys() == set(NAMES)
+
+
+def test_where_other_classes_have_outlines_than_are_averaged_it_is_said():
+    page = markdown_table(results_of(boundary=BOUNDARY * [[1, 0, 0]]))
+    assert "| cha[i]r | 62.50 | – | 83.33 | 30.00 |" in page and "| mean boundary IoU | 40.00 |" in page
+    assert page.endswith("are [b]lamp. That of the boundary IoU is of 1, which have outlines.\n")
+    without = results_of(boundary=BOUNDARY * 0)
+    assert without["boundary_miou"] is None and "| mean boundary IoU | – |" in markdown_table(without)
+
+
+def test_a_benchmarks_own_figures_stand_beside_the_miou_in_every_form(tmp_path):
+    spec = DatasetSpec("ade20k", SPEC.class_names, SPEC.palette)
+    results = results_of(spec=spec)
+    (figure,) = results["benchmark_figures"]
+    assert (figure["name"], figure["value"]) == ("ADE20K score", pytest.approx((0.85 + 0.7125) / 2))
+    write_results(tmp_path, results, MATRIX)
+    line = "| ADE20K score | 78.12 | mean of pixel accuracy and mIoU, over labelled pixels |"
+    assert line in (tmp_path / "table.md").read_text()
+    console = Console(width=200, file=(output := io.StringIO()))
+    console.print(console_table(results))
+    assert "ADE20K score: 78.12 % (mean of pixel accuracy" in output.getvalue()
+
+
+def test_a_figure_that_does_not_exist_is_null_and_says_why(tmp_path):
+    results = results_of(spec=DatasetSpec("pascal_context", SPEC.class_names, SPEC.palette))
+    write_results(tmp_path, results, MATRIX)
+    read = json.loads((tmp_path / "results.json").read_text())["benchmark_figures"]
+    assert [figure["value"] is None for figure in read] == [False, True, False]
+    assert "| mIoU, 60 classes | – | none: it needs a network trained with background" in markdown_table(results)
 
 
 def test_the_console_table_shows_scores_and_names_as_they_are():
@@ -109,4 +160,5 @@ def test_the_console_table_shows_scores_and_names_as_they_are():
     assert "rooms val: 71.25 % mIoU (ss)" in text and "cha[i]r" in text and "62.50" in text
     assert "not counted: 1." in text and "are [b]lamp" in text
     mean, by_frequency = (next(line for line in text.splitlines() if name in line) for name in ("mean  ", "by freq"))
-    assert "71.25" in mean and "84.52" in mean and "74.75" in by_frequency and "85.00" in by_frequency
+    assert [float(value) for value in re.findall(r"[\d.]+", mean)] == [71.25, 30.0, 84.52]
+    assert "74.75" in by_frequency and "85.00" in by_frequency
