@@ -19,8 +19,8 @@ def default_config() -> ConfigDict:
     """The whole experiment with its defaults: DSNet-R50 by the paper's protocol for PASCAL VOC 2012."""
     config = ConfigDict()
     config.seed = 0  # Of initialisation, augmentation, record order and dropout.
-    config.init_from = ""  # Workdir of a run whose weights this one starts from; with other classes the last
-    #                        convolution starts anew. Empty: all weights are drawn from the seed.
+    config.init_from = ""  # Workdir of a run, or of `dsnet port`, whose weights this one starts from; with other
+    #                        classes the last convolution starts anew. Empty: all weights are drawn from the seed.
 
     config.data = data = ConfigDict()
     data.name = "shapes"  # A data set made by `dsnet prepare`: shapes, camvid, or the --name given to `folder`.
@@ -30,7 +30,10 @@ def default_config() -> ConfigDict:
     data.image_scale = 1.0  # Working resolution: images are resized by this factor before everything else, in training,
     #                         evaluation and prediction. Scores are still taken at the labels' own size.
     data.crop_size_hw = (512, 512)  # Training crop, pixels: multiples of model.output_stride.
-    data.scale_range = (0.5, 2.0)  # Random scale: a factor on the image, drawn uniformly.
+    data.scale_range = (0.5, 2.0)  # Random scale: a factor on the image, or on the box, drawn uniformly.
+    data.scale_box = ()  # Long and short edge, pixels: images are scaled to fit into so many times this box, whatever
+    #                      their size. (2048, 512): mmsegmentation's; (520, 520): the long edge alone, as
+    #                      PyTorch-Encoding draws it. Empty: the image's own size. Training only.
     data.flip_probability = 0.5  # Of a horizontal flip.
     data.batch_size = 32  # Images a step, over all devices and processes.
     data.cache_decoded_gb = 0.0  # Decode once, into a file of at most so many GB (10^9 bytes) beside the prepared data;
@@ -39,20 +42,27 @@ def default_config() -> ConfigDict:
     data.read_threads = 4  # Threads that read and decode, per process; order does not depend on them.
 
     config.model = model = ConfigDict()
-    model.name = "dsnet"  # dsnet, or fcn: the plain head it is compared with.
+    model.name = "dsnet"  # Or what it is compared with: fcn, aspp (DeepLabv3), pspnet, deeplabv3plus; dcnv1, dcnv2,
+    #                       dynamic_filter (one such convolution behind ASPP). A field that a network does not have is
+    #                       to be left at its default: setting it is an error.
     model.backbone = "resnet50"  # resnet18, resnet34, resnet50, resnet101, resnet152.
     model.stem = "v1"  # v1: torchvision's 7x7; v1c, v1s: three 3x3, 32-32-64 and 64-64-128 wide.
     model.output_stride = 16  # Input pixels per cell of the last stage: 8, 16 or 32.
     model.multi_grid = ()  # Factors on the dilation of the last stage's blocks, for instance (1, 2, 4); empty: off.
-    model.width = 256  # Channels of ASPP, of the CGDS module and of the classifier.
-    model.atrous_rates = (6, 12, 18)  # ASPP's, at output stride 16; scaled to other output strides.
-    model.low_level_stage = 3  # X(i) that is sampled: 3, 4 or 5 (Table 1).
-    model.guide = "aspp"  # What predicts the points: aspp or stage5 (Table 1).
-    model.modification_kernel = 1  # Side of the feature modification's convolution.
-    model.sampling_kernel = 3  # k: k*k points are sampled at each position.
+    model.width = 256  # Channels of ASPP, of the CGDS module, of a decoder and of the classifier.
+    model.atrous_rates = (6, 12, 18)  # ASPP's, at output stride 16; scaled to other output strides. Networks with ASPP.
+    model.aspp_dropout = 0.0  # Behind ASPP, training only; torchvision has 0.5 there. Networks with ASPP.
+    model.low_level_stage = 3  # X(i) that is sampled, dsnet: 3, 4 or 5 (Table 1).
+    model.guide = "aspp"  # What predicts the points, dsnet: aspp, stage5 (Table 1; FCN with CGDS), pyramid (PSPNet's).
+    model.sampling = "predicted"  # How, dsnet: by a convolution of the guide; nonlocal: by a sub-network; self: by a
+    #                               convolution of the sampled map itself; regular: not at all, on the regular grid.
+    model.modification_kernel = 1  # Side of the feature modification's convolution, dsnet.
+    model.sampling_kernel = 3  # k: k*k points are sampled at each position, or are a dynamic filter's; not fcn, aspp,
+    #                            pspnet, deeplabv3plus.
     model.dropout = 0.1  # Before the classifier, training only.
     model.deep_supervision = True  # An FCN head on stage4, training only.
     model.deep_supervision_weight = 0.4  # Of its loss.
+    model.auxiliary_width = 0  # Channels of that head; 0: model.width. torchvision's FCN has 256 there, 512 in front.
     model.dtype = "float32"  # Of computation: bfloat16 on accelerators. Parameters, statistics and loss stay float32.
 
     config.optimizer = optimizer = ConfigDict()  # SGD with momentum, poly schedule to zero.
@@ -71,6 +81,8 @@ def default_config() -> ConfigDict:
         1  # A batch goes through the network in so many parts, one after another; the gradient
     )
     #                                  is that of the whole batch, batch norm's statistics are those of each part.
+    training.remat = "none"  # What the gradient computes anew rather than keep. none: nothing; blocks: all that is
+    #                          inside of the backbone's blocks. Less memory, a pass forward more (docs/planning.md).
     training.ema_decay = 0.0  # Of an exponential moving average of the weights, per step, which is then what is
     #                           evaluated; 0: none.
     training.max_skipped_in_a_row = 5  # Steps that are not finite are skipped; after so many in a row the run stops.
@@ -79,7 +91,10 @@ def default_config() -> ConfigDict:
     training.evaluate_every_epochs = 10  # And after the last.
 
     config.evaluation = evaluation = ConfigDict()
-    evaluation.batch_size = 8  # Images of one canvas a step, per process.
+    evaluation.batch_size = 8  # Images of one canvas a step, per process; fewer where a protocol enlarges them.
+    evaluation.scales = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # Of protocol ms_flip: factors on the sides of the images.
+    evaluation.slide_crop_hw = ()  # Windows of protocol slide, height and width in pixels; empty: data.crop_size_hw.
+    evaluation.slide_stride_hw = ()  # From one window to the next; empty: two thirds of the window, rounded up.
     evaluation.overlays = 8  # Pictures written for looking at: image, truth, prediction.
     return config.lock()
 
@@ -89,6 +104,7 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
     "data.image_scale": (0.01, 100),
     "data.crop_size_hw": (1, 2**15),
     "data.scale_range": (0.01, 100),
+    "data.scale_box": (1, 2**15),
     "data.flip_probability": (0, 1),
     "data.cache_decoded_gb": (0, 10**5),
     "data.worker_count": (0, 1024),
@@ -109,6 +125,9 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
     "training.checkpoint_every_steps": (1, 10**9),
     "training.evaluate_every_epochs": (1, 10**9),
     "evaluation.batch_size": (1, 10**6),
+    "evaluation.scales": (0.1, 10),
+    "evaluation.slide_crop_hw": (1, 2**15),
+    "evaluation.slide_stride_hw": (1, 2**15),
     "evaluation.overlays": (0, 10**6),
 }
 
@@ -117,11 +136,15 @@ FREE_FIELDS = (  # May change while a run is under way: they do not change which
     "data.cache_decoded_gb",
     "data.worker_count",
     "data.read_threads",
+    "training.remat",  # Only how sums are rounded, as another number of devices does.
     "training.max_skipped_in_a_row",
     "training.log_every_steps",
     "training.checkpoint_every_steps",
     "training.evaluate_every_epochs",
     "evaluation.batch_size",
+    "evaluation.scales",
+    "evaluation.slide_crop_hw",
+    "evaluation.slide_stride_hw",
     "evaluation.overlays",
 )
 
@@ -173,6 +196,15 @@ def _check_values(config: ConfigDict) -> None:
         )
     if len(scale_range) != 2 or scale_range[0] > scale_range[1]:
         raise InputError(f"config.data.scale_range is {scale_range}: the least and the largest are needed", exit_code=2)
+    scale_box = fields["data.scale_box"]
+    if scale_box and (len(scale_box) != 2 or scale_box[0] < scale_box[1]):
+        raise InputError(f"config.data.scale_box is {scale_box}: the long and the short edge are needed", exit_code=2)
+    if scale_box and fields["data.image_scale"] != 1:
+        raise InputError(
+            f"config.data.scale_box is {scale_box} and config.data.image_scale is {fields['data.image_scale']}: only "
+            "one of them can say how large images are in training",
+            exit_code=2,
+        )
 
 
 def to_json(config: ConfigDict) -> str:

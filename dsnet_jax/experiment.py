@@ -7,18 +7,38 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dsnet_jax.config import default_config
 from dsnet_jax.errors import InputError
-from dsnet_jax.models.dsnet import DSNet
-from dsnet_jax.models.fcn import FCN
+from dsnet_jax.models.aspp import ASPP
+from dsnet_jax.models.baseline import Baseline
+from dsnet_jax.models.cgds import SAMPLINGS, DynamicSamplingConv
+from dsnet_jax.models.deeplabv3plus import DeepLabV3Plus
+from dsnet_jax.models.dsnet import GUIDES, DSNet
+from dsnet_jax.models.dynamic_filter import DynamicFilter
+from dsnet_jax.models.pyramid import PyramidPooling
 from dsnet_jax.models.resnet import RESNETS, STEM_WIDTHS
 
+# Of config.model, the fields that not every network has, by the networks that there are.
+FIELDS_OF_ASPP = {"atrous_rates", "aspp_dropout"}
+FIELDS_OF = {
+    "dsnet": {"low_level_stage", "guide", "sampling", "modification_kernel", "sampling_kernel"} | FIELDS_OF_ASPP,
+    "fcn": set(),
+    "aspp": FIELDS_OF_ASPP,
+    "pspnet": set(),
+    "deeplabv3plus": FIELDS_OF_ASPP,
+    "dcnv1": {"sampling_kernel"} | FIELDS_OF_ASPP,
+    "dcnv2": {"sampling_kernel"} | FIELDS_OF_ASPP,
+    "dynamic_filter": {"sampling_kernel"} | FIELDS_OF_ASPP,
+}
+
 CHOICES = {  # Of fields of config.model.
-    "name": ("dsnet", "fcn"),
+    "name": tuple(FIELDS_OF),
     "backbone": tuple(RESNETS),
     "stem": ("v1", *STEM_WIDTHS),
     "output_stride": (8, 16, 32),
     "low_level_stage": (3, 4, 5),
-    "guide": ("aspp", "stage5"),
+    "guide": GUIDES,
+    "sampling": SAMPLINGS,
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -27,7 +47,8 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     """The network of `config.model`.
 
     Raises:
-      InputError: a field has a value that it cannot have; the message names the choices.
+      InputError: a field has a value that it cannot have, the message names the choices; or the network does not have
+        the field, and it is not at its default.
     """
     for field, choices in CHOICES.items():
         if config[field] not in choices:
@@ -35,11 +56,17 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
                 f"config.model.{field} is {config[field]!r}: one of {', '.join(map(str, choices))} is needed",
                 exit_code=2,
             )
+    _refuse_fields_without_use(config)
     for field in ("sampling_kernel", "modification_kernel"):
         if config[field] < 1 or config[field] % 2 == 0:
             raise InputError(f"config.model.{field} is {config[field]}: a positive odd number is needed", exit_code=2)
-    if not 0 <= config.dropout < 1 or config.width < 1 or min(config.atrous_rates, default=1) < 1:
-        raise InputError("config.model: dropout in [0, 1), width and atrous_rates of 1 or more are needed", exit_code=2)
+    for field in ("dropout", "aspp_dropout"):
+        if not 0 <= config[field] < 1:
+            raise InputError(f"config.model.{field} is {config[field]}: 0 or more, less than 1 is needed", exit_code=2)
+    if config.width < 1 or min(config.atrous_rates, default=1) < 1 or config.auxiliary_width < 0:
+        raise InputError(
+            "config.model: width and atrous_rates of 1 or more, auxiliary_width of 0 or more are needed", exit_code=2
+        )
     dtype = jnp.dtype(config.dtype)
     backbone = RESNETS[config.backbone](
         stem=config.stem, output_stride=config.output_stride, multi_grid=tuple(config.multi_grid), dtype=dtype
@@ -56,18 +83,48 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
         "width": config.width,
         "dropout": config.dropout,
         "deep_supervision": config.deep_supervision,
+        "auxiliary_width": config.auxiliary_width,
         "dtype": dtype,
     }
-    if config.name == "fcn":
-        return FCN(**shared)
-    return DSNet(
-        atrous_rates=tuple(config.atrous_rates),
-        low_level_stage=config.low_level_stage,
-        guide=config.guide,
-        sampling_kernel=config.sampling_kernel,
-        modification_kernel=config.modification_kernel,
-        **shared,
-    )
+    fields_of_aspp = {"atrous_rates": tuple(config.atrous_rates), "aspp_dropout": config.aspp_dropout}
+    if config.name == "dsnet":
+        return DSNet(
+            low_level_stage=config.low_level_stage,
+            guide=config.guide,
+            sampling=config.sampling,
+            sampling_kernel=config.sampling_kernel,
+            modification_kernel=config.modification_kernel,
+            **fields_of_aspp,
+            **shared,
+        )
+    if config.name == "deeplabv3plus":
+        return DeepLabV3Plus(**fields_of_aspp, **shared)
+    k, parts = config.sampling_kernel, {}
+    if config.name == "pspnet":
+        parts["pyramid"] = PyramidPooling(dtype=dtype)
+    elif config.name != "fcn":
+        parts["aspp"] = ASPP(
+            config.width, tuple(config.atrous_rates), config.output_stride, config.aspp_dropout, dtype=dtype
+        )
+    if config.name == "dynamic_filter":
+        parts["dynamic_filter"] = DynamicFilter(k, dtype=dtype)
+    elif config.name in ("dcnv1", "dcnv2"):
+        parts["deformable"] = DynamicSamplingConv(config.width, k, modulated=config.name == "dcnv2", dtype=dtype)
+    return Baseline(**parts, **shared)
+
+
+def _refuse_fields_without_use(config: ConfigDict) -> None:
+    used, network = FIELDS_OF[config.name], config.name
+    if "guide" in used and config.guide != "aspp":
+        used, network = used - FIELDS_OF_ASPP, f"{network} with guide {config.guide!r}"
+    default = default_config().model
+    for field in sorted(set().union(*FIELDS_OF.values()) - used):
+        if config[field] != default[field]:
+            raise InputError(
+                f"config.model.{field} is {config[field]!r}, which {network} does not use: leave it at "
+                f"{default[field]!r}",
+                exit_code=2,
+            )
 
 
 def initial_variables(model: nn.Module, seed: int = 0) -> dict[str, Any]:

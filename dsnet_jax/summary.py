@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsnet_jax.data.records import open_split
-from dsnet_jax.data.specs import CAMVID, SHAPES, VOC2012
+from dsnet_jax.data.specs import ADE20K, CAMVID, PASCAL_CONTEXT, PASCAL_CONTEXT_60, SHAPES, VOC2012
 from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model
 
@@ -98,7 +98,8 @@ def classes_of(config: ConfigDict, num_classes: int | None = None) -> int:
         if num_classes < 1:
             raise InputError(f"--classes is {num_classes}: 1 or more are needed", exit_code=2)
         return num_classes
-    known = {spec.name: spec.num_classes for spec in (SHAPES, CAMVID, VOC2012)}
+    specs = (SHAPES, CAMVID, VOC2012, ADE20K, PASCAL_CONTEXT, PASCAL_CONTEXT_60)
+    known = {spec.name: spec.num_classes for spec in specs}
     if config.data.name in known:
         return known[config.data.name]
     try:

@@ -2,8 +2,8 @@
 
     python scripts/make_torch_fixtures.py
 
-needs torch, torchvision and numpy, nothing of this project, and writes tests/ops/*.npz and tests/models/*.npz anew. The
-tests then need no torch; where it is installed they call the functions below as well, with another seed. PyTorch is
+needs torch, torchvision and numpy, nothing of this project, and writes tests/{ops,models,weights}/*.npz anew. The tests
+then need no torch; where it is installed they call the functions below as well, with another seed. PyTorch is
 imported inside them because the tests always need `resnet_parameter`.
 """
 
@@ -67,6 +67,20 @@ def interpolate(seed: int) -> Arrays:
     return arrays
 
 
+def adaptive_avg_pool2d(seed: int) -> Arrays:
+    """torch.nn.functional.adaptive_avg_pool2d in float64, `size to bins/input` and `/output`, [1, 2, H, W]."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for size in ((12, 6), (7, 11), (5, 3), (1, 9)):
+        for bins in (1, 2, 3, 6):
+            x = rng.standard_normal((1, 2, *size))
+            y = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(x), bins)
+            arrays |= {f"{size} to {bins}/input": x, f"{size} to {bins}/output": y.numpy()}
+    return arrays
+
+
 def resnet_parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A parameter or statistic of the networks of `resnet`, from its torchvision name: nothing is stored."""
     values = np.random.default_rng(zlib.crc32(name.encode())).uniform(-1, 1, shape)
@@ -108,8 +122,60 @@ def resnet(seed: int) -> Arrays:
     return arrays
 
 
+def state_dicts(seed: int) -> Arrays:
+    """`network/arrays`: a line for each array that torchvision saves of a network, its name and sides; no seed in it."""
+    import torch
+    import torchvision
+
+    arrays = {}
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "fcn_resnet50", "deeplabv3_resnet101"):
+        segments = "_" in name
+        models = torchvision.models.segmentation if segments else torchvision.models
+        options = {"weights": None, "weights_backbone": None, "aux_loss": True} if segments else {}
+        with torch.device("meta"):
+            state = getattr(models, name)(**options).state_dict()
+        lines = [" ".join(map(str, (array, *tensor.shape))) for array, tensor in state.items()]
+        arrays[f"{name}/arrays"] = np.array("\n".join(lines))
+    return arrays
+
+
+def torchvision_segmenter(head: str):
+    """torchvision's `fcn` or `deeplabv3` with deep supervision on a ResNet of one bottleneck a stage, in evaluation."""
+    import torch
+    from torchvision.models import resnet, segmentation
+
+    make = segmentation.fcn._fcn_resnet if head == "fcn" else segmentation.deeplabv3._deeplabv3_resnet
+    dilated = [False, True, True]
+    network = make(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], replace_stride_with_dilation=dilated), 21, True)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.tensor(resnet_parameter(name, tuple(tensor.shape))))
+    return network.eval()
+
+
+def segmenters(seed: int) -> Arrays:
+    """Logits of both `torchvision_segmenter`s.
+
+    Names are `head/array`: `arrays` as in `state_dicts`, `image` [1, 3, 48, 40], and of every 7th row and column `out`
+    and `aux`, the logits of the classifier and of deep supervision's.
+    """
+    import torch
+
+    arrays = {}
+    for head in ("fcn", "deeplabv3"):
+        network = torchvision_segmenter(head)
+        image = np.random.default_rng(seed).standard_normal((1, 3, 48, 40)).astype(np.float32)
+        lines = [" ".join(map(str, (name, *tensor.shape))) for name, tensor in network.state_dict().items()]
+        arrays |= {f"{head}/arrays": np.array("\n".join(lines)), f"{head}/image": image}
+        with torch.no_grad():
+            outputs = network(torch.tensor(image))
+        arrays |= {f"{head}/{name}": logits[..., ::7, ::7].numpy() for name, logits in outputs.items()}
+    return arrays
+
+
 if __name__ == "__main__":
-    for folder, make in (("ops", deform_conv2d), ("ops", interpolate), ("models", resnet)):
-        file = TESTS / folder / f"{make.__name__}.npz"
+    folders = {resnet: "models", state_dicts: "weights", segmenters: "weights"}
+    for make in (deform_conv2d, interpolate, adaptive_avg_pool2d, resnet, state_dicts, segmenters):
+        file = TESTS / folders.get(make, "ops") / f"{make.__name__}.npz"
         np.savez_compressed(file, **make(seed=0))
         print(f"{file}: {file.stat().st_size / 1000:.0f} kB")

@@ -22,7 +22,7 @@ from dsnet_jax.config import default_config
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.records import open_split
 from dsnet_jax.experiment import build_model
-from dsnet_jax.models.layers import ConvNormRelu, max_pool
+from dsnet_jax.models.layers import Conv, ConvNormRelu, max_pool
 from dsnet_jax.models.resnet import RESNETS, BasicBlock
 from dsnet_jax.workdir import claim_workdir, locked_workdir
 
@@ -157,6 +157,30 @@ class TinyBackbone(nn.Module):
             block = BasicBlock(width, stride, dilations, dtype=self.dtype, name=f"stage{stage}_block0")
             x = features[stage] = block(x, extent, train=train)
         return features
+
+
+class FourConvolutions(nn.Module):
+    """In the place of a ResNet, at the strides of one: quick to compile."""
+
+    stem: str = "v1"
+    output_stride: int = 16
+    multi_grid: tuple[int, ...] = ()
+    remat: str = "none"
+    dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, extent=None, *, train):
+        """[B, H, W, 3] -> features of stages 2 to 5."""
+        features = {}
+        for stage, stride in ((2, 4), (3, 2), (4, 2), (5, 1)):
+            x = features[stage] = nn.relu(Conv(8, 3, stride, dtype=self.dtype, name=f"stage{stage}")(x, extent))
+        return features
+
+
+@pytest.fixture(scope="session")
+def four_convolutions() -> type[nn.Module]:
+    """`FourConvolutions`, for tests of what is behind a backbone."""
+    return FourConvolutions
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,12 @@
 """The config: unknown fields and wrong values are told in one line, and what is written is read back."""
 
-import runpy
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from dsnet_jax.config import LIMITS, default_config, differences, from_json, load_config, to_json
 from dsnet_jax.errors import InputError
-from dsnet_jax.experiment import build_model
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'shapes_quickstart.py'}"
 START = "from dsnet_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
 
@@ -108,12 +103,19 @@ def test_no_config_file_at_all_is_told():
         ("data.crop_size_hw=(0,64)", "1 to "),
         ("data.scale_range=(2.0,0.5)", "the least and the largest"),
         ("data.scale_range=(0.0,0.5)", "0.01 to "),
+        ("data.scale_box=(512,2048)", "the long and the short edge"),
+        ("data.scale_box=(512,512,512)", "the long and the short edge"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_field(override, message):
     field = override.split("=")[0]
     found = error_of(QUICKSTART, f"--config.{override}")
     assert f"config.{field} is " in found and message in found
+
+
+def test_a_box_and_a_working_resolution_together_are_refused():
+    message = error_of(QUICKSTART, "--config.data.scale_box=(520,520)", "--config.data.image_scale=0.5")
+    assert "scale_box is (520, 520)" in message and "image_scale is 0.5" in message
 
 
 def test_every_limit_is_of_a_field_and_holds_for_its_default():
@@ -157,20 +159,3 @@ def test_differences_name_each_field_with_both_values():
         "model.width": "model.width: 256 -> 128",
     }
     assert differences(old, default_config()) == {}
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_builds_its_network(file):
-    config = load_config([f"--config={file}"])
-    network = build_model(config.model, num_classes=5)
-    images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    output, _ = jax.eval_shape(lambda images: network.init_with_output(keys, images, train=True), images)
-    assert output.logits.shape == (2, 8, 12, 5) and output.logits.dtype == jnp.float32
-    assert (output.auxiliary_logits is not None) == config.model.deep_supervision
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_names_its_own_command(file):
-    """Its docstring holds the command that trains it."""
-    assert f"dsnet train --config=configs/{file.name} --workdir=" in runpy.run_path(str(file))["__doc__"]

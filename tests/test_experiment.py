@@ -1,5 +1,6 @@
 """A config made into a network and step counts."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,6 +40,16 @@ def output_and_parameters(train=True, **fields):
         ({"modification_kernel": 3}, "cgds/modification/conv/kernel", (3, 3, 128, 16)),
         ({"sampling_kernel": 5}, "cgds/kernel", (5, 5, 16, 16)),
         ({"sampling_kernel": 1}, "cgds/offset/kernel", (3, 3, 16, 2)),
+        ({"sampling": "nonlocal"}, "cgds/nonlocal/key/kernel", (1, 1, 16, 8)),
+        ({"guide": "pyramid"}, "guide/conv/kernel", (1, 1, 1024, 16)),
+        ({"name": "aspp"}, "classifier/conv/conv/kernel", (3, 3, 16, 16)),
+        ({"name": "aspp", "atrous_rates": (2, 4)}, "aspp/project/conv/kernel", (1, 1, 4 * 16, 16)),
+        ({"name": "pspnet"}, "classifier/conv/conv/kernel", (3, 3, 1024, 16)),
+        ({"name": "deeplabv3plus"}, "decoder/fuse/conv/kernel", (3, 3, 48 + 16, 16)),
+        ({"name": "deeplabv3plus", "atrous_rates": (2, 4)}, "aspp/project/conv/kernel", (1, 1, 4 * 16, 16)),
+        ({"name": "dcnv1", "sampling_kernel": 5}, "deformable/offset/kernel", (3, 3, 16, 50)),
+        ({"name": "dcnv2"}, "deformable/offset/kernel", (3, 3, 16, 27)),
+        ({"name": "dynamic_filter"}, "dynamic_filter/generate/kernel", (1, 1, 16, 16)),
     ],
 )
 def test_a_field_of_the_config_reaches_the_network(fields, name, shape):
@@ -51,6 +62,40 @@ def test_fields_that_leave_no_trace_in_the_parameters_reach_the_network():
     assert network.backbone.output_stride == 8
     assert network.backbone.multi_grid == (1, 2)
     assert network.dtype == network.backbone.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["dsnet", "aspp", "deeplabv3plus"])
+def test_dropout_behind_aspp_is_as_asked_for(name):
+    dropped = {}
+
+    def note(call, arguments, keywords, context):
+        if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+            dropped[context.module.path[0]] = context.module.rate
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(note):
+        output_and_parameters(name=name, aspp_dropout=0.5, deep_supervision=False)
+    assert dropped == {"aspp": 0.5, "classifier": 0.1}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"name": "fcn", "atrous_rates": (1, 2)},
+            r"atrous_rates is \(1, 2\), which fcn does not use: leave it at \(6, ",
+        ),
+        ({"name": "pspnet", "sampling": "regular"}, "sampling is 'regular', which pspnet does not use"),
+        ({"name": "aspp", "guide": "stage5"}, "guide is 'stage5', which aspp does not use"),
+        ({"name": "deeplabv3plus", "low_level_stage": 4}, "low_level_stage is 4, which deeplabv3plus does not use"),
+        ({"name": "dcnv2", "modification_kernel": 3}, "modification_kernel is 3, which dcnv2 does not use"),
+        ({"guide": "stage5", "aspp_dropout": 0.5}, "aspp_dropout is 0.5, which dsnet with guide 'stage5' does not use"),
+    ],
+)
+def test_a_field_that_the_network_does_not_use_is_refused(fields, message):
+    with pytest.raises(InputError, match=message) as raised:
+        build_model(model_config(**fields), 4)
+    assert raised.value.exit_code == 2
 
 
 def test_deep_supervision_is_there_in_training_when_asked_for():
@@ -75,6 +120,7 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(field):
         ({"sampling_kernel": 2}, "sampling_kernel is 2: a positive odd number"),
         ({"modification_kernel": -1}, "modification_kernel is -1: a positive odd number"),
         ({"dropout": 1.0}, "dropout"),
+        ({"aspp_dropout": -0.1}, "aspp_dropout"),
         ({"atrous_rates": (0,)}, "atrous_rates"),
         ({"multi_grid": (1, 2, 4)}, "resnet18 has 2 blocks"),
     ],

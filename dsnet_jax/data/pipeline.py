@@ -90,6 +90,7 @@ def train_batches(
         image_scale=data_config.image_scale,
         scale_range=data_config.scale_range,
         flip_probability=data_config.flip_probability,
+        scale_box=tuple(data_config.scale_box),
     )
     # Drawn by position, so before the slices; batched before them too, so that what crosses from workers are batches.
     order = _record_order(len(split), seed).random_map(_with_state)

@@ -33,6 +33,15 @@ def resize_image(image: np.ndarray, scale: float) -> np.ndarray:
     return cv2.resize(image, scaled_hw[::-1], interpolation=cv2.INTER_LINEAR)
 
 
+def scale_into_box(size_hw: tuple[int, int], box: tuple[int, int]) -> float:
+    """The factor by which a picture of `size_hw` becomes as large as fits into `box`: long and short edge, pixels.
+
+    The picture keeps its ratio, and its long edge is laid along the long edge of the box. In a square box the long edge
+    alone decides.
+    """
+    return min(box[0] / max(size_hw), box[1] / min(size_hw))
+
+
 def augment(
     image: np.ndarray,
     label: np.ndarray,
@@ -41,6 +50,7 @@ def augment(
     image_scale: float,
     scale_range: tuple[float, float],
     flip_probability: float,
+    scale_box: tuple[int, int] | tuple[()] = (),
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scales, crops and flips an image and its label at random, and pads what is smaller than the crop.
@@ -58,13 +68,15 @@ def augment(
       image_scale: working resolution, a factor on both sides.
       scale_range: least and greatest random scale, drawn uniformly, on top of `image_scale`.
       flip_probability: of a horizontal flip, 0 to 1.
+      scale_box: long and short edge, pixels, that a picture is scaled into in place of `image_scale`; empty: it is not.
       out: image and label of the result, for instance places in a batch, to be overwritten; by default they are new.
 
     Returns:
       `out`: image uint8 [*crop_size_hw, 3] and label uint8 [*crop_size_hw].
     """
     height, width = image.shape[:2]
-    scaled_height, scaled_width = scaled_size_hw((height, width), image_scale * rng.uniform(*scale_range))
+    fixed_scale = scale_into_box((height, width), scale_box) if scale_box else image_scale
+    scaled_height, scaled_width = scaled_size_hw((height, width), fixed_scale * rng.uniform(*scale_range))
     crop_height, crop_width = crop_size_hw
     window_height, window_width = min(crop_height, scaled_height), min(crop_width, scaled_width)
     top = int(rng.integers(scaled_height - window_height + 1))

@@ -18,11 +18,15 @@ class ASPP(nn.Module):
 
     Attributes:
       width: channels of every branch and of the output.
-      atrous_rates: dilations of the 3x3 convolutions, in cells of the input.
+      atrous_rates: dilations of the 3x3 convolutions, in cells of the input, at output stride 16; others scale them.
+      output_stride: input pixels of the network per cell of the input.
+      dropout: share of the output's values dropped in training; 0.5 in torchvision.
     """
 
     width: int = 256
     atrous_rates: Sequence[int] = (6, 12, 18)
+    output_stride: int = 16
+    dropout: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -30,9 +34,11 @@ class ASPP(nn.Module):
         """[B, H, W, C] -> [B, H, W, width]."""
         branches = [ConvNormRelu(self.width, dtype=self.dtype, name="point")(x, extent, train=train)]
         for i, rate in enumerate(self.atrous_rates):
-            atrous = ConvNormRelu(self.width, 3, dilation=rate, dtype=self.dtype, name=f"atrous{i}")
+            dilation = max(1, rate * 16 // self.output_stride)
+            atrous = ConvNormRelu(self.width, 3, dilation=dilation, dtype=self.dtype, name=f"atrous{i}")
             branches.append(atrous(x, extent, train=train))
         pooled = ConvNormRelu(self.width, dtype=self.dtype, name="pool")(global_mean(x, extent), train=train)
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
         x = jnp.concatenate(branches, axis=-1)
-        return ConvNormRelu(self.width, dtype=self.dtype, name="project")(x, extent, train=train)
+        x = ConvNormRelu(self.width, dtype=self.dtype, name="project")(x, extent, train=train)
+        return nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -230,6 +230,16 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_is_r
         train_batches(split, data_config, 0, 0, 3, process_index=0, process_count=3)
 
 
+def test_pictures_are_scaled_into_the_box_of_the_config(split, data_config):
+    data_config.update(crop_size_hw=(64, 64), scale_range=(1.0, 1.0), flip_probability=0.0, scale_box=(48, 24))
+    for batch in train_batches(split, data_config, 0, 0, 2):
+        inside = batch["label"] != 255
+        for record, rows, columns in zip(batch["record"], inside.any(2).sum(1), inside.any(1).sum(1), strict=True):
+            height, width = 24 + record, 40 - record
+            factor = min(48 / max(height, width), 24 / min(height, width))
+            assert (rows, columns) == (round(height * factor), round(width * factor))
+
+
 def test_the_records_of_a_step_are_known_without_reading_them(split, data_config):
     for step, batch in enumerate(train_batches(split, data_config, 7, 0, 9)):
         records = records_of_step(RECORDS, 7, step, BATCH_SIZE)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsnet_jax.data.specs import IGNORE_LABEL
-from dsnet_jax.data.transforms import MEAN_COLOUR, augment, resize_image, scaled_size_hw
+from dsnet_jax.data.transforms import MEAN_COLOUR, augment, resize_image, scale_into_box, scaled_size_hw
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 3), np.uint8)  # One for each label of a drawn picture.
 CASES = [  # size_hw, crop_size_hw, image_scale
@@ -187,6 +187,25 @@ def test_scaled_sides_are_rounded_and_at_least_one_pixel():
     assert scaled_size_hw((375, 500), 0.51) == (191, 255)
     assert scaled_size_hw((47, 23), 0.7) == scaled_size_hw((23, 47), 0.7)[::-1] == (33, 16)
     assert scaled_size_hw((1, 3), 0.2) == (1, 1)
+
+
+def test_a_picture_fits_into_the_box_long_edge_along_long_edge():
+    mmsegmentation, long_edge = (2048, 512), (520, 520)
+    assert scaled_size_hw((375, 500), scale_into_box((375, 500), mmsegmentation)) == (512, 683)
+    assert scaled_size_hw((500, 375), scale_into_box((500, 375), mmsegmentation)) == (683, 512)
+    assert scaled_size_hw((100, 1000), scale_into_box((100, 1000), mmsegmentation)) == (205, 2048)  # The long edge.
+    assert scaled_size_hw((375, 500), scale_into_box((375, 500), long_edge)) == (390, 520)
+    assert scaled_size_hw((1000, 100), scale_into_box((1000, 100), long_edge)) == (520, 52)
+
+
+def test_the_random_scale_is_of_the_box_where_there_is_one():
+    for size_hw in ((30, 40), (300, 400)):
+        image, label = noise(size_hw)
+        arguments = (np.random.default_rng(0), (100, 100), 1.0, (0.5, 2.0), 0.0, (40, 20))
+        _, cropped = augment(image, label, *arguments)
+        factor = np.random.default_rng(0).uniform(0.5, 2.0)
+        inside = cropped != IGNORE_LABEL
+        assert (inside.any(1).sum(), inside.any(0).sum()) == (round(20 * factor), round(80 / 3 * factor))
 
 
 def test_resizing_to_working_resolution_is_bilinear_and_the_identity_at_one():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsnet_jax.models.cgds import CGDS
+from dsnet_jax.models.cgds import CGDS, DynamicSamplingConv
 from dsnet_jax.ops import dynamic_sampling_conv, resize_bilinear
 
 MODULE = CGDS(width=4)
@@ -85,6 +85,64 @@ def test_predicted_numbers_are_pairs_of_dy_and_dx_tap_by_tap(variables, dy, dx):
     inner = slice(1, 5), slice(3, 7)
     shifted = slice(1 + dy, 5 + dy), slice(3 + dx, 7 + dx)
     np.testing.assert_allclose(other.sampled[:, *inner], one.sampled[:, *shifted], rtol=1e-4, atol=1e-5)
+
+
+def other_sampling(sampling, random_variables, seed=0):
+    """What a module of that sampling computes of the two maps, of another low map and of another high one."""
+    module = CGDS(width=4, sampling=sampling)
+    variables = random_variables(module, LOW, HIGH, train=False, seed=seed)
+    apply = jax.jit(lambda low, high: module.apply(variables, low, high, train=False))
+    other_low, other_high = LOW + random_map(*LOW.shape, seed=2), HIGH + random_map(*HIGH.shape, seed=2)
+    return variables, apply(LOW, HIGH), apply(other_low, HIGH), apply(LOW, other_high)
+
+
+def test_a_map_that_is_its_own_guide_predicts_its_points_and_the_guide_only_joins(random_variables):
+    variables, output, other_low, other_high = other_sampling("self", random_variables)
+    assert variables["params"]["offset"]["kernel"].shape == (3, 3, 4, 18)  # Of X(M).
+    sampled = dynamic_sampling_conv(output.modified, output.offsets, variables["params"]["kernel"])
+    np.testing.assert_allclose(output.sampled, normalised(variables, sampled), rtol=1e-4, atol=1e-5)
+    assert np.abs(other_low.offsets - output.offsets).max() > 0.1
+    np.testing.assert_array_equal(other_high.offsets, output.offsets)
+    assert np.abs(other_high.guide - output.guide).max() > 0.1
+
+
+def test_a_subnetwork_predicts_the_points_from_the_guide_which_joins_as_it_is(random_variables):
+    variables, output, other_low, other_high = other_sampling("nonlocal", random_variables)
+    assert variables["params"]["nonlocal"]["key"]["kernel"].shape == (1, 1, 3, 1)
+    np.testing.assert_allclose(output.guide, resize_bilinear(HIGH, (7, 9), (0.5, 0.5)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(other_low.offsets, output.offsets)
+    assert np.abs(other_high.offsets - output.offsets).max() > 0.1
+    one_cell = HIGH + 0
+    one_cell[:, 0, 0] += 3  # Every point hears of every cell.
+    far = CGDS(width=4, sampling="nonlocal").apply(variables, LOW, one_cell, train=False)
+    assert np.abs(far.offsets - output.offsets)[:, 5:, 7:].max() > 1e-3
+
+
+def test_on_the_regular_grid_nothing_is_predicted_and_sampling_is_an_ordinary_convolution(random_variables):
+    variables, output, _, other_high = other_sampling("regular", random_variables)
+    assert output.offsets is None and "offset" not in variables["params"]
+    convolved = jax.lax.conv_general_dilated(
+        output.modified, variables["params"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(output.sampled, normalised(variables, convolved), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(other_high.sampled, output.sampled)
+
+
+def test_modulation_is_a_sigmoid_of_what_the_guide_predicts_behind_the_offsets(random_variables):
+    module = DynamicSamplingConv(width=4, modulated=True)
+    variables = random_variables(module, LOW, LOW, train=False)
+    sampled, offsets = jax.jit(lambda: module.apply(variables, LOW, LOW, train=False))()
+    kernel, bias = (variables["params"]["offset"][name] for name in ("kernel", "bias"))
+    assert kernel.shape == (3, 3, 6, 27)
+    predicted = bias + jax.lax.conv_general_dilated(
+        LOW, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(offsets, predicted[..., :18].reshape(2, 7, 9, 9, 2), rtol=1e-4, atol=1e-5)
+    modulation = 1 / (1 + np.exp(-predicted[..., 18:]))
+    expected = dynamic_sampling_conv(LOW, offsets, variables["params"]["kernel"], modulation)
+    np.testing.assert_allclose(sampled, normalised(variables, expected), rtol=1e-4, atol=1e-5)
+    started = jax.eval_shape(lambda: module.init(jax.random.key(0), LOW, LOW, train=False))["params"]
+    assert started["offset"]["bias"].shape == (27,)
 
 
 def test_the_classifier_reads_modified_sampled_and_guide_in_this_order(variables):

@@ -1,4 +1,4 @@
-"""The whole networks, DSNet and FCN: sizes, training against evaluation, types, and gradients that reach everything."""
+"""The whole networks, DSNet and FCN, a Baseline without context: sizes, modes, types, gradients that reach all."""
 
 import flax.linen as nn
 import jax
@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsnet_jax.models.aspp import ASPP
+from dsnet_jax.models.baseline import Baseline
 from dsnet_jax.models.cgds import CGDS
+from dsnet_jax.models.deeplabv3plus import DeepLabV3Plus
 from dsnet_jax.models.dsnet import DSNet
-from dsnet_jax.models.fcn import FCN
+from dsnet_jax.models.layers import ConvNormRelu
 from dsnet_jax.models.resnet import RESNETS, BasicBlock, ResNet
 
 IMAGES = np.random.default_rng(0).standard_normal((4, 33, 64, 3)).astype(np.float32)
@@ -40,7 +41,7 @@ def by_name(tree):
     return {"/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@pytest.fixture(scope="module", params=[DSNet, FCN])
+@pytest.fixture(scope="module", params=[DSNet, Baseline])
 def network(request):
     return small(request.param)
 
@@ -77,9 +78,15 @@ def test_logits_stand_on_the_grid_of_the_sampled_stage(low_level_stage, output_s
     assert output.logits.shape == (*grid, 5) and output.offsets.shape == (*grid, 25, 2)
 
 
+def test_the_logits_of_deeplabv3plus_have_stride_4():
+    for output_stride in (8, 16, 32):
+        output, _ = shapes(small(DeepLabV3Plus, output_stride), jnp.zeros((2, 64, 99, 3)))
+        assert output.logits.shape == (2, 16, 25, 5) and output.offsets is None
+
+
 def test_the_logits_of_an_fcn_have_the_backbones_output_stride():
     for output_stride in (8, 16, 32):
-        output, _ = shapes(small(FCN, output_stride), jnp.zeros((2, 64, 99, 3)))
+        output, _ = shapes(small(Baseline, output_stride), jnp.zeros((2, 64, 99, 3)))
         assert output.logits.shape == (2, 64 // output_stride, -(-99 // output_stride), 5) and output.offsets is None
 
 
@@ -98,7 +105,7 @@ def test_the_guide_is_aspp_or_the_projected_last_stage():
     assert variables["params"]["classifier"]["conv"]["conv"]["kernel"].shape == (3, 3, 24, 8)
 
 
-@pytest.mark.parametrize("arguments", [{"guide": "ASPP"}, {"low_level_stage": 2}])
+@pytest.mark.parametrize("arguments", [{"guide": "ASPP"}, {"low_level_stage": 2}, {"sampling": "random"}])
 def test_a_guide_or_stage_that_there_is_not_is_refused(arguments):
     with pytest.raises(ValueError, match="|".join(map(str, arguments.values()))):
         shapes(small(DSNet, **arguments))
@@ -109,13 +116,15 @@ def test_atrous_rates_are_scaled_with_the_output_stride(output_stride, rates):
     found = []
 
     def note(call, arguments, keywords, context):
-        if isinstance(context.module, ASPP) and context.method_name == "__call__":
-            found.extend(context.module.atrous_rates)
+        if isinstance(context.module, ConvNormRelu) and (context.module.name or "").startswith("atrous"):
+            found.append(context.module.dilation)
         return call(*arguments, **keywords)
 
-    with nn.intercept_methods(note):
-        shapes(small(DSNet, output_stride))
-    assert found == rates
+    for network in (DSNet, DeepLabV3Plus):
+        found.clear()
+        with nn.intercept_methods(note):
+            shapes(small(network, output_stride))
+        assert found == rates
 
 
 def test_the_sampled_map_and_the_guide_are_the_stages_asked_for():
@@ -133,13 +142,13 @@ def test_the_sampled_map_and_the_guide_are_the_stages_asked_for():
 
 
 def test_deep_supervision_reads_stage4_in_training_only():
-    for network in (small(DSNet), small(FCN)):
+    for network in (small(DSNet), small(Baseline)):
         output, variables = shapes(network, train=True)
         assert output.auxiliary_logits.shape == (4, 3, 4, 5)
         assert variables["params"]["auxiliary"]["conv"]["conv"]["kernel"].shape == (3, 3, 256, 8)
         evaluated, _ = shapes(network, train=False)
         assert evaluated.auxiliary_logits is None
-    for network in (small(DSNet, deep_supervision=False), small(FCN, deep_supervision=False)):
+    for network in (small(DSNet, deep_supervision=False), small(Baseline, deep_supervision=False)):
         output, variables = shapes(network, train=True)
         assert output.auxiliary_logits is None and "auxiliary" not in variables["params"]
 
@@ -172,7 +181,7 @@ def test_every_running_statistic_moves_in_training(gradients, variables):
     assert [name for name in old if np.allclose(old[name], new[name])] == []
 
 
-@pytest.mark.parametrize("network_type", [DSNet, FCN])
+@pytest.mark.parametrize("network_type", [DSNet, Baseline])
 def test_in_bfloat16_parameters_statistics_offsets_and_logits_are_float32(network_type, random_variables):
     exact, rounded = small(network_type), small(network_type, dtype=jnp.bfloat16)
     output, started = shapes(rounded, train=True)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsnet_jax.models.baseline import Baseline
 from dsnet_jax.models.dsnet import DSNet
-from dsnet_jax.models.fcn import FCN
 from dsnet_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from dsnet_jax.ops import Extent
 
@@ -40,8 +40,8 @@ NETWORKS = {
     "DSNet, 16, stage5, aspp": dsnet(16, 5, "aspp"),
     "DSNet, 8, stage5, stage5, multi-grid": dsnet(8, 5, "stage5", multi_grid=(2,)),
     "DSNet, 32, stage3, aspp, v1s": dsnet(32, 3, "aspp", stem="v1s"),
-    "FCN, 8": FCN(backbone(8, Bottleneck), num_classes=4, width=8),
-    "FCN, 16": FCN(backbone(16), num_classes=4, width=8),
+    "FCN, 8": Baseline(backbone(8, Bottleneck), num_classes=4, width=8),
+    "FCN, 16": Baseline(backbone(16), num_classes=4, width=8),
 }
 
 
