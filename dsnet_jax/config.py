@@ -19,8 +19,9 @@ def default_config() -> ConfigDict:
     """The whole experiment with its defaults: DSNet-R50 by the paper's protocol for PASCAL VOC 2012."""
     config = ConfigDict()
     config.seed = 0  # Of initialisation, augmentation, record order and dropout.
-    config.init_from = ""  # Workdir of a run, or of `dsnet port`, whose weights this one starts from; with other
-    #                        classes the last convolution starts anew. Empty: all weights are drawn from the seed.
+    config.init_from = ""  # Workdir of a run, or of `dsnet port`, or a .safetensors of `dsnet export`, whose weights
+    #                        this one starts from; with other classes the last convolution starts anew. Empty: all
+    #                        weights are drawn from the seed.
 
     config.data = data = ConfigDict()
     data.name = "shapes"  # A data set made by `dsnet prepare`: shapes, camvid, or the --name given to `folder`.
@@ -81,8 +82,8 @@ def default_config() -> ConfigDict:
         1  # A batch goes through the network in so many parts, one after another; the gradient
     )
     #                                  is that of the whole batch, batch norm's statistics are those of each part.
-    training.remat = "none"  # What the gradient computes anew rather than keep. none: nothing; blocks: all that is
-    #                          inside of the backbone's blocks. Less memory, a pass forward more (docs/planning.md).
+    training.remat = "none"  # What the gradient computes anew rather than keep. none: nothing; stem: the stem, which
+    #                          is cheap; blocks: also what is inside of the backbone's blocks (docs/planning.md).
     training.ema_decay = 0.0  # Of an exponential moving average of the weights, per step, which is then what is
     #                           evaluated; 0: none.
     training.max_skipped_in_a_row = 5  # Steps that are not finite are skipped; after so many in a row the run stops.

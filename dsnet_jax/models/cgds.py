@@ -79,7 +79,7 @@ class DynamicSamplingConv(nn.Module):
             offsets = predicted[..., : 2 * k * k].reshape(*x.shape[:3], k * k, 2)
             modulation = nn.sigmoid(predicted[..., 2 * k * k :]) if self.modulated else None
             sampled = dynamic_sampling_conv(source, offsets, kernel, modulation)
-        return nn.relu(BatchNorm(dtype=self.dtype, name="norm")(sampled, train=train)), offsets
+        return BatchNorm(relu=True, dtype=self.dtype, name="norm")(sampled, train=train), offsets
 
 
 class CGDS(nn.Module):

@@ -34,7 +34,7 @@ class DynamicFilter(nn.Module):
         means = adaptive_mean(reduced, self.kernel_size, extent)
         kernels = Conv(channels, use_bias=True, dtype=self.dtype, name="generate")(means)
         source = x if extent is None else extent.zero_outside(x)
-        return nn.relu(BatchNorm(dtype=self.dtype, name="norm")(convolve_depthwise(source, kernels), train=train))
+        return BatchNorm(relu=True, dtype=self.dtype, name="norm")(convolve_depthwise(source, kernels), train=train)
 
 
 def convolve_depthwise(x: jax.Array, kernels: jax.Array) -> jax.Array:

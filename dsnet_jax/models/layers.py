@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsnet_jax.ops import Extent, resize_bilinear
+from dsnet_jax.ops.batch_norm import batch_norm
 from dsnet_jax.ops.convolution import conv2d
 from dsnet_jax.ops.precision import at_least_float32
 
@@ -20,6 +21,10 @@ from dsnet_jax.ops.precision import at_least_float32
 # angle that goes with the inverse square, so that a head started as the backbone is would learn 20 times more slowly.
 BACKBONE_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 HEAD_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+MOMENTUM, EPSILON = 0.9, 1e-5  # Of batch normalisation.
+
+EPSILON = 1e-5  # What batch normalisation adds to the variance.
 
 
 @flax.struct.dataclass
@@ -72,24 +77,31 @@ class BatchNorm(nn.Module):
     """Batch normalisation as PyTorch sets it: momentum 0.9 (its 0.1), epsilon 1e-5.
 
     Under `jax.jit` the mean over a batch that is sharded over devices is the mean over the global batch: statistics are
-    cross-device without naming an axis. The variance is the mean of squared differences: Flax's default, the difference
-    of two means, cancels in float32 when the mean is large.
+    cross-device without naming an axis. Not Flax's: its gradient keeps more (`ops/batch_norm.py`).
+
+    Attributes:
+      relu: whether negative results are set to zero.
     """
 
+    relu: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """[B, H, W, C] -> the same shape, in `dtype`; statistics and parameters are float32."""
-        norm = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            dtype=self.dtype,
-        )
-        nn.share_scope(self, norm)
-        return norm(x)
+        x, channels = x.astype(self.dtype), x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        if not train:
+            y = (at_least_float32(x) - mean.value) * (jax.lax.rsqrt(variance.value + EPSILON) * scale) + bias
+            return (nn.relu(y) if self.relu else y).astype(x.dtype)
+        y, batch_mean, batch_variance = batch_norm(x, scale, bias, EPSILON, self.relu)
+        if not self.is_initializing():
+            mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean
+            variance.value = MOMENTUM * variance.value + (1 - MOMENTUM) * batch_variance
+        return y
 
 
 class ConvNormRelu(nn.Module):
@@ -114,7 +126,7 @@ class ConvNormRelu(nn.Module):
             dtype=self.dtype,
             name="conv",
         )
-        return nn.relu(BatchNorm(dtype=self.dtype, name="norm")(conv(x, extent), train=train))
+        return BatchNorm(relu=True, dtype=self.dtype, name="norm")(conv(x, extent), train=train)
 
 
 def max_pool(x: jax.Array, extent: Extent | None = None) -> jax.Array:

@@ -1,6 +1,6 @@
 """ResNet as a dense feature extractor: torchvision's, with the strides of its last stages traded for dilation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,12 @@ import jax.numpy as jnp
 
 from dsnet_jax.models.layers import BACKBONE_INIT, BatchNorm, Conv, ConvNormRelu, max_pool
 from dsnet_jax.ops import Extent
+from dsnet_jax.ops.batch_norm import STATISTICS, relu
 
 STEM_WIDTHS = {"v1c": (32, 32, 64), "v1s": (64, 64, 128)}  # Three 3x3 convolutions in place of v1's one 7x7.
+
+# The parts that the gradient computes anew from their inputs and batch statistics, rather than read what they computed.
+REMAT = {"none": (), "stem": ("stem",), "blocks": ("stem", "blocks")}
 
 
 class BasicBlock(nn.Module):
@@ -36,13 +40,13 @@ class BasicBlock(nn.Module):
         norm = partial(BatchNorm, dtype=self.dtype)
         before, after = self.dilations
         y = conv(self.width, 3, self.stride, before, name="conv1")(x, extent)
-        y = nn.relu(norm(name="norm1")(y, train=train))
+        y = norm(relu=True, name="norm1")(y, train=train)
         y = conv(self.width, 3, 1, after, name="conv2")(y, extent)
         y = norm(name="norm2")(y, train=train)
         if x.shape[-1] != y.shape[-1]:
             x = conv(self.width, 1, self.stride, name="downsample_conv")(x, extent)
             x = norm(name="downsample_norm")(x, train=train)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class Bottleneck(nn.Module):
@@ -65,15 +69,15 @@ class Bottleneck(nn.Module):
         norm = partial(BatchNorm, dtype=self.dtype)
         before, _ = self.dilations
         y = conv(self.width, name="conv1")(x, extent)
-        y = nn.relu(norm(name="norm1")(y, train=train))
+        y = norm(relu=True, name="norm1")(y, train=train)
         y = conv(self.width, 3, self.stride, before, name="conv2")(y, extent)
-        y = nn.relu(norm(name="norm2")(y, train=train))
+        y = norm(relu=True, name="norm2")(y, train=train)
         y = conv(self.expansion * self.width, name="conv3")(y, extent)
         y = norm(name="norm3")(y, train=train)
         if x.shape[-1] != y.shape[-1]:
             x = conv(self.expansion * self.width, 1, self.stride, name="downsample_conv")(x, extent)
             x = norm(name="downsample_norm")(x, train=train)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class ResNet(nn.Module):
@@ -89,6 +93,7 @@ class ResNet(nn.Module):
       stem: v1, v1c or v1s.
       output_stride: 8, 16 or 32, input pixels per cell of stage5.
       multi_grid: factors on the dilations of stage5's blocks (Chen et al. 2017); empty: all one.
+      remat: what the gradient computes anew: one of `REMAT`.
     """
 
     depth: Sequence[int]
@@ -96,6 +101,7 @@ class ResNet(nn.Module):
     stem: str = "v1"
     output_stride: int = 16
     multi_grid: Sequence[int] = ()
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -109,7 +115,13 @@ class ResNet(nn.Module):
             raise ValueError(f"output_stride is {self.output_stride}: 8, 16 or 32 is needed")
         if self.multi_grid and len(self.multi_grid) != self.depth[-1]:
             raise ValueError(f"multi_grid is {self.multi_grid}: stage5 has {self.depth[-1]} blocks, one factor each")
-        x = max_pool(self._stem(x, extent, train), extent)
+
+        def run(part: str, call: Callable, module: nn.Module, x: jax.Array) -> jax.Array:
+            if part in REMAT[self.remat]:
+                call = nn.remat(call, policy=jax.checkpoint_policies.save_only_these_names(STATISTICS))
+            return call(module, x, extent)
+
+        x = run("stem", lambda self, x, extent: max_pool(self._stem(x, extent, train), extent), self, x)
         features, stride, dilation = {}, 4, 1
         for stage, blocks in zip((2, 3, 4, 5), self.depth, strict=True):
             grow = 1 if stage == 2 else 2
@@ -118,13 +130,14 @@ class ResNet(nn.Module):
             factors = self.multi_grid if stage == 5 and self.multi_grid else (1,) * blocks
             for i, factor in enumerate(factors):
                 first = i == 0
-                x = self.block(
+                block = self.block(
                     width=32 * 2 ** (stage - 1),
                     stride=step if first else 1,
                     dilations=((before if first else dilation) * factor, dilation * factor),
                     dtype=self.dtype,
                     name=f"stage{stage}_block{i}",
-                )(x, extent, train=train)
+                )
+                x = run("blocks", lambda block, x, extent: block(x, extent, train=train), block, x)
             features[stage] = x
         return features
 

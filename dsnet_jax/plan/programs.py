@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsnet_jax import parallel
-from dsnet_jax.evaluation.inference import canvas_hw, segment
+from dsnet_jax.evaluation.canvases import canvas_hw
+from dsnet_jax.evaluation.inference import segment
+from dsnet_jax.evaluation.protocols import SINGLE_SCALE
 from dsnet_jax.experiment import initial_variables
 from dsnet_jax.plan.targets import COMPILER_OPTIONS
 from dsnet_jax.training.program import lower_step, step_of
@@ -77,9 +79,10 @@ def lower_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> jax.st
     whole, split = parallel.replicated(mesh), parallel.split_by_batch(mesh)
     variables = jax.eval_shape(partial(initial_variables, model))
     variables = jax.tree.map(lambda leaf: leaf.update(sharding=whole), variables)
-    shapes = ((size, *canvas, 3), np.uint8), ((size, 2), np.int32), ((size, *canvas), np.uint8), ((size, 2), np.int32)
+    sizes = ((size, 2), np.int32), ((size, 1, 2), np.int32)  # Of images, and of images at the one scale.
+    shapes = ((size, *canvas, 3), np.uint8), *sizes, ((size, *canvas), np.uint8), sizes[0]
     arrays = [jax.ShapeDtypeStruct(*shape, sharding=split) for shape in shapes]
-    return segment.lower(model, variables, *arrays, label_canvas_hw=canvas)
+    return segment.lower(model, variables, *arrays, protocol=SINGLE_SCALE, label_canvas_hw=canvas)
 
 
 def compile_for(platform: str, lowered: jax.stages.Lowered) -> Compiled | TooLarge:

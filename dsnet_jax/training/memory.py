@@ -40,6 +40,8 @@ def out_of_memory_explained(config: ConfigDict, devices: int) -> Iterator[None]:
         advice = [f"fewer images at a time ({images} a device now: a smaller config.data.batch_size, or a larger"]
         advice[0] += f" config.training.accumulation_steps, {parts} now)"
         advice.append(f"smaller crops (config.data.crop_size_hw, {height}x{width} now)")
+        if config.training.remat != "blocks":
+            advice.append("config.training.remat=blocks")
         if config.model.dtype == "float32":
             advice.append("config.model.dtype=bfloat16")
         raise InputError(f"out of memory: {figure}: what helps is {', '.join(advice)}") from error

@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsnet_jax import parallel
+from dsnet_jax.errors import InputError
+from dsnet_jax.models.resnet import REMAT
 from dsnet_jax.training.optimizer import poly_schedule, sgd
 from dsnet_jax.training.step import Batch, Metrics, TrainState, initial_state, make_train_step
 
@@ -23,11 +25,20 @@ def step_of(config: ConfigDict, model: nn.Module, steps: int) -> tuple[Callable[
       config: of the experiment.
       model: its network.
       steps: of the whole run, after which the learning rate is 0.
+
+    Raises:
+      InputError: there is no such `config.training.remat`.
     """
     options = {name: value for name, value in config.optimizer.items() if name not in ("base_lr", "poly_power")}
     optimizer = sgd(**options)
     schedule = poly_schedule(config.optimizer.base_lr, config.optimizer.poly_power, steps)
     training = config.training
+    if training.remat not in REMAT:
+        raise InputError(
+            f"config.training.remat is {training.remat!r}: one of {', '.join(REMAT)} is needed", exit_code=2
+        )
+    if training.remat != "none":
+        model = model.clone(backbone=model.backbone.clone(remat=training.remat))
     step_function = make_train_step(
         model,
         optimizer,

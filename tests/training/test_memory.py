@@ -42,16 +42,16 @@ def test_the_compilers_figure_is_told_and_each_field_with_its_value(error, figur
     assert str(raised.value) == (
         f"out of memory: {figure}: what helps is fewer images at a time (4 a device now: a smaller "
         "config.data.batch_size, or a larger config.training.accumulation_steps, 2 now), smaller crops "
-        "(config.data.crop_size_hw, 512x512 now), config.model.dtype=bfloat16"
+        "(config.data.crop_size_hw, 512x512 now), config.training.remat=blocks, config.model.dtype=bfloat16"
     )
 
 
-def test_bfloat16_is_not_recommended_to_who_has_it():
+def test_what_a_run_has_already_is_not_recommended():
     config = default_config()
-    config.model.dtype = "bfloat16"
+    config.model.dtype, config.training.remat = "bfloat16", "blocks"
     with pytest.raises(InputError) as raised, out_of_memory_explained(config, devices=1):
         raise jax.errors.JaxRuntimeError(GPU)
-    assert "bfloat16" not in str(raised.value)
+    assert "bfloat16" not in str(raised.value) and "remat" not in str(raised.value)
 
 
 def test_other_errors_stay_as_they_are():
