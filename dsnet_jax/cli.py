@@ -324,8 +324,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
-    "export": cli_export.run,
     "inspect": cli_inspect.run,
+    "export": cli_export.run,
     "port": _port,
     "plan": _plan,
 }

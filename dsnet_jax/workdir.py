@@ -105,11 +105,16 @@ def _read_spec(workdir: epath.Path) -> DatasetSpec:
 
 def write_text(file: epath.Path, text: str) -> None:
     """Writes a file that is there as a whole or not at all."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: epath.Path, data: bytes) -> None:
+    """Writes a file that is there as a whole or not at all."""
     if is_remote(file):  # Object stores do so by themselves, and have no renaming.
-        file.write_text(text)
+        file.write_bytes(data)
         return
     new = file.with_name(f".{file.name}.new")
-    new.write_text(text)
+    new.write_bytes(data)
     new.replace(file)
 
 

@@ -11,12 +11,18 @@ import json
 import sys
 from collections.abc import Sequence
 
-from benchmarks import evaluation, harness, network, operator, pipeline
+from benchmarks import evaluation, exported, harness, network, operator, pipeline
 
 from dsnet_jax import parallel
 from dsnet_jax.errors import InputError
 
-COMMANDS = {"operator": operator, "network": network, "pipeline": pipeline, "evaluation": evaluation}
+COMMANDS = {
+    "operator": operator,
+    "network": network,
+    "pipeline": pipeline,
+    "evaluation": evaluation,
+    "exported": exported,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -123,7 +123,7 @@ def resnet(seed: int) -> Arrays:
 
 
 def state_dicts(seed: int) -> Arrays:
-    """`network/arrays`: a line for each array that torchvision saves of a network, its name and sides; no seed in it."""
+    """`network/arrays`: a line for each array that torchvision saves of a network, its name and sides, for any seed."""
     import torch
     import torchvision
 

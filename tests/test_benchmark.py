@@ -17,7 +17,7 @@ from dsnet_jax.models.resnet import RESNETS
 ROOT = Path(__file__).parents[1]
 MODULES = (
     "benchmark",
-    *(f"benchmarks.{name}" for name in ("harness", "operator", "network", "pipeline", "evaluation")),
+    *(f"benchmarks.{name}" for name in ("harness", "operator", "network", "pipeline", "evaluation", "exported")),
 )
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly", "cache_folder")
@@ -135,6 +135,20 @@ def test_an_evaluation_says_how_many_programs_it_compiled_and_how_much_was_paddi
     # Halved, all of them fit on a canvas of 32x32; eight devices take eight images at a time.
     assert (images, programs, filling) == (11, 1, 16 - 11)
     assert padded > 16 / 11
+
+
+def test_exported_networks_are_timed_beside_ours_and_give_its_labels(scripts, random_run, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    arguments = ["exported", "--rounds=1", "--threads=1", f"--json={file}", f"--workdir={random_run}"]
+    assert scripts["benchmark"].main([*arguments, "--size-hw", "33", "64"]) == 0
+    found = json.loads(file.read_text())
+    [task] = found["tasks"]
+    assert set(task["seconds"]) == {"dsnet_jax", "StableHLO, any size", "StableHLO, this size", "ONNX, onnxruntime"}
+    assert found["figures"]["images"] == {"of this size": 3}
+    assert min(found["figures"]["pixels labelled as by ours, percent"].values()) > 99.9
+    assert capsys.readouterr().out.count("| an image of 33 x 64 | dsnet_jax |") == 3
+    assert scripts["benchmark"].main([*arguments, "--size-hw", "33", "65"]) == 1
+    assert "has no image of (33, 65)" in capsys.readouterr().err
 
 
 def test_the_network_of_a_run_is_evaluated_by_each_protocol(scripts, random_run, tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", full)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         write_text(epath.Path(tmp_path) / "config.json", "new")
     assert (tmp_path / "config.json").read_text() == "old"

@@ -24,8 +24,6 @@ HEAD_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 MOMENTUM, EPSILON = 0.9, 1e-5  # Of batch normalisation.
 
-EPSILON = 1e-5  # What batch normalisation adds to the variance.
-
 
 @flax.struct.dataclass
 class SegmentationOutput:

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from dsnet_jax.ops.precision import at_least_float32
 
@@ -59,9 +60,9 @@ def _formulations(shape: tuple[int, ...], size: int, stride: int, dilation: int)
     if size == 1:  # Several times faster on CPU than a convolution, the same elsewhere.
         return (partial(_product, stride=stride),) * 2
     convolution = partial(_convolution, stride=stride, dilation=dilation)
-    if stride == 1 and _share_inside(shape[1], size, dilation) * _share_inside(shape[2], size, dilation) < (
-        LARGEST_SHARE_OF_TAPS
-    ):
+    if stride > 1 or any(map(is_symbolic_dim, shape[1:3])):  # An exported program's size may not be known.
+        return convolution, convolution
+    if _share_inside(shape[1], size, dilation) * _share_inside(shape[2], size, dilation) < LARGEST_SHARE_OF_TAPS:
         return partial(_tap_by_tap, dilation=dilation), convolution
     return convolution, convolution
 
@@ -73,7 +74,8 @@ def _share_inside(side: int, size: int, dilation: int) -> float:
 
 
 def _product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return jnp.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
+    cells = jax.lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))  # Indexing a symbolic size would gather.
+    return jnp.einsum("bhwc,cd->bhwd", cells, kernel[0, 0])
 
 
 def _product_gradients(

@@ -26,7 +26,7 @@ from dsnet_jax.evaluation.metrics import score
 from dsnet_jax.experiment import build_model, steps_per_epoch
 from dsnet_jax.progress import duration
 from dsnet_jax.stopping import Request, Stopped, deferred
-from dsnet_jax.training.init_from import init_from
+from dsnet_jax.training.init_from import in_short, init_from
 from dsnet_jax.training.memory import out_of_memory_explained
 from dsnet_jax.training.metrics_log import MetricsLog, describe, summarise
 from dsnet_jax.training.pace import Pace
@@ -181,8 +181,11 @@ class _Run:
 
     def take_weights_of(self, workdir: str) -> None:
         """Puts another run's weights into the fresh state; momentum starts at zero, and averages as the weights."""
-        variables, new = init_from(workdir, self.state.variables, self.split.spec)
-        _say(f"{self.workdir}: starts from the weights of {workdir}; new are {', '.join(new) or 'none'}")
+        variables, new, unused = init_from(workdir, self.state.variables, self.split.spec)
+        _say(
+            f"{self.workdir}: starts from the weights of {workdir}; new are {in_short(new)}"
+            + (f"; not used are {in_short(unused)}" if unused else "")
+        )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.variables)
         averages = self.state.averages and jax.device_put(variables, shardings)
         self.state = self.state.replace(variables=jax.device_put(variables, shardings), averages=averages)

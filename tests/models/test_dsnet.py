@@ -148,6 +148,9 @@ def test_deep_supervision_reads_stage4_in_training_only():
         assert variables["params"]["auxiliary"]["conv"]["conv"]["kernel"].shape == (3, 3, 256, 8)
         evaluated, _ = shapes(network, train=False)
         assert evaluated.auxiliary_logits is None
+        _, variables = shapes(network.clone(auxiliary_width=4), train=True)
+        assert variables["params"]["auxiliary"]["conv"]["conv"]["kernel"].shape == (3, 3, 256, 4)
+        assert variables["params"]["classifier"]["conv"]["conv"]["kernel"].shape[-1] == 8
     for network in (small(DSNet, deep_supervision=False), small(Baseline, deep_supervision=False)):
         output, variables = shapes(network, train=True)
         assert output.auxiliary_logits is None and "auxiliary" not in variables["params"]

@@ -13,6 +13,7 @@ from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.training.init_from import init_from
 from dsnet_jax.training.loop import train
+from dsnet_jax.weights.safetensors import to_safetensors
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -34,9 +35,19 @@ def fresh_variables(config, num_classes):
 
 
 def test_with_the_same_classes_every_array_is_taken(random_run, small_config, spec):
-    variables, new = init_from(str(random_run), fresh_variables(small_config, 3), spec)
-    assert new == []
+    variables, new, unused = init_from(str(random_run), fresh_variables(small_config, 3), spec)
+    assert new == [] and unused == []
     trained = leaves(load_trained(random_run).variables)
+    assert all(np.array_equal(array, trained[name]) for name, array in leaves(variables).items())
+
+
+def test_a_safetensors_that_was_exported_is_taken_like_the_run(random_run, small_config, spec, tmp_path):
+    run = load_trained(random_run)
+    exported = tmp_path / "run.safetensors"
+    exported.write_bytes(to_safetensors(run.config, run.spec, run.variables, run.step, {}))
+    variables, new, unused = init_from(str(exported), fresh_variables(small_config, 3), spec)
+    assert new == [] and unused == []
+    trained = leaves(run.variables)
     assert all(np.array_equal(array, trained[name]) for name, array in leaves(variables).items())
 
 
@@ -44,8 +55,8 @@ def test_with_the_same_classes_every_array_is_taken(random_run, small_config, sp
 def test_with_other_classes_the_last_convolution_is_new_even_if_they_are_as_many(random_run, small_config, spec, names):
     other = dataclasses.replace(spec, class_names=names, palette=spec.palette[: len(names)])
     fresh = fresh_variables(small_config, len(names))
-    variables, new = init_from(str(random_run), fresh, other)
-    assert new == ["params/classifier/logits/bias", "params/classifier/logits/kernel"]
+    variables, new, unused = init_from(str(random_run), fresh, other)
+    assert new == ["params/classifier/logits/bias", "params/classifier/logits/kernel"] and unused == []
     trained, started = leaves(load_trained(random_run).variables), leaves(fresh)
     for name, array in leaves(variables).items():
         assert np.array_equal(array, (started if name in new else trained)[name]), name
@@ -53,7 +64,7 @@ def test_with_other_classes_the_last_convolution_is_new_even_if_they_are_as_many
 
 def test_deep_supervision_that_the_other_run_has_not_is_new(random_run, small_config, spec):
     small_config.model.deep_supervision = True
-    _, new = init_from(str(random_run), fresh_variables(small_config, 3), spec)
+    _, new, _ = init_from(str(random_run), fresh_variables(small_config, 3), spec)
     assert new and all("auxiliary" in name for name in new)
 
 

@@ -69,6 +69,8 @@ def test_the_backbone_computes_anew_what_the_config_says_but_for_sums_over_the_b
 
 def test_an_unknown_rematerialisation_is_refused_and_the_choices_are_named(config):
     config.training.remat = "block"
-    with pytest.raises(InputError, match=r"config.training.remat is 'block': one of none, stem, blocks is needed") as error:
+    with pytest.raises(
+        InputError, match=r"config.training.remat is 'block': one of none, stem, blocks is needed"
+    ) as error:
         step_of(config, build_model(config.model, 3), steps=1)
     assert error.value.exit_code == 2

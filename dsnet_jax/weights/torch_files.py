@@ -1,0 +1,166 @@
+"""Arrays from files of others: .safetensors, and what `torch.save` writes, of which nothing is ever run."""
+
+import hashlib
+import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dsnet_jax.errors import InputError
+
+MAX_PICKLE_BYTES = 2**26  # Of the names and shapes; ResNet-152 has 0.2 MB of them. Arrays lie beside.
+CONTAINERS = ("state_dict", "model_state_dict", "model")  # Where the arrays are, among other things.
+
+# What the pickle of a state dict may name. PyTorch's own list is longer, and its reader, weights_only, comes after.
+HARMLESS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.storage UntypedStorage"
+    r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|torch Size"
+)
+# Other ways than GLOBAL to name something, none of which `torch.save` takes.
+UNUSUAL = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}
+
+
+def sha256_of(file: Path) -> str:
+    """The file's checksum; hexadecimal.
+
+    Raises:
+      InputError: the file cannot be read; or its name ends with a checksum, as `resnet50-0676ba61.pth` does, and that
+        is another one.
+    """
+    try:
+        with file.open("rb") as opened:
+            checksum = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): give a .safetensors or .pth file") from error
+    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
+    if named and not checksum.startswith(named[1]):
+        raise InputError(
+            f"{file}: its sha256 begins with {checksum[:8]}, by its name it should be {named[1]}: it was damaged or "
+            f"changed ({file.stat().st_size} bytes): download it again, or rename it if it is meant to be another one"
+        )
+    return checksum
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by name, in the types they are stored in, mapped from the file where that is possible.
+
+    Raises:
+      InputError: it is neither format, or is damaged; or it holds what is no array, or names what could be run.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    by_content = ".safetensors" if start[8:] == b"{" else ".pth" if start[:2] in (b"PK", b"\x80\x02") else None
+    if by_content is None and file.suffix != ".safetensors":
+        raise InputError(
+            f"{file}: {os.path.getsize(file)} bytes that are neither safetensors nor written by torch.save: give a "
+            ".safetensors or .pth file, and download it again if it is meant to be one"
+        )
+    if by_content is not None and (by_content == ".safetensors") != (file.suffix == ".safetensors"):
+        raise InputError(f"{file}: by its content it is {by_content}, not {file.suffix or 'without ending'}: rename it")
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(file, "np") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError) as error:  # The last two for types that NumPy has not.
+        raise _damaged(file, error) from error
+
+
+def _read_torch(file: Path) -> dict[str, np.ndarray]:
+    zipped = _refuse_what_could_run(file)
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{file}: PyTorch is needed to read it: pip install 'dsnet_jax[port]', or give a .safetensors file"
+        ) from error
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
+        raise InputError(f"{file}: PyTorch 2.10 or later is needed to read it safely, {torch.__version__} is here")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # Whatever damage makes its readers raise.
+        raise _damaged(file, error) from error
+    for container in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(container), dict):
+            content = content[container]
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise InputError(f"{file}: holds a {type(content).__name__}, not arrays by name: give a state dict")
+    return {name: _as_numpy(file, name, tensor) for name, tensor in content.items()}
+
+
+def _as_numpy(file: Path, name: str, tensor: Any) -> np.ndarray:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        raise InputError(f"{file}: {name} is no plain array: give a state dict")
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _refuse_what_could_run(file: Path) -> bool:
+    """Looks through the pickles without unpickling them, before PyTorch is as much as imported.
+
+    Returns:
+      Whether the file is a zip archive, the format since PyTorch 1.6.
+
+    Raises:
+      InputError: they name anything but arrays and dicts, or are damaged.
+    """
+    with file.open("rb") as opened:
+        zipped = opened.read(2) == b"PK"
+        opened.seek(0)
+        try:
+            for pickle in _pickles(opened, zipped):
+                if strange := sorted({name for name in _globals(pickle) if not HARMLESS.fullmatch(name)}):
+                    raise InputError(
+                        f"{file}: refused, nothing of it was run: it names "
+                        f"{', '.join(strange[:10]).replace(' ', '.')}, which a dict of arrays does not need and which "
+                        "could do anything: give a .safetensors file, or a .pth of the state dict alone"
+                    )
+        except (ValueError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            raise _damaged(file, error) from error
+    return zipped
+
+
+def _pickles(opened: BinaryIO, zipped: bool) -> Iterator[BinaryIO]:
+    if not zipped:  # Magic number, version, system, object, names of the arrays, one after another.
+        for _ in range(5):
+            yield opened
+        return
+    with zipfile.ZipFile(opened) as archive:
+        members = [member for member in archive.infolist() if member.filename.endswith(".pkl")]
+        if [member.filename.split("/")[1:] for member in members] != [["data.pkl"]]:
+            raise ValueError(f"{len(members)} pickles where torch.save writes one, or TorchScript")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("compressed, which torch.save does not do")
+        if members[0].file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"a pickle of {members[0].file_size} bytes")
+        with archive.open(members[0]) as pickle:
+            yield pickle
+
+
+def _globals(pickle: BinaryIO) -> Iterator[str]:
+    """What a pickle names, as `module name`, until its end."""
+    for opcode, argument, _ in pickletools.genops(pickle):
+        if opcode.name == "GLOBAL":
+            yield argument
+        elif opcode.name in UNUSUAL:
+            yield f"pickle {opcode.name}"
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"{file}: damaged or no such file, {os.path.getsize(file)} bytes ({reason[:150]}): download it again"
+    )

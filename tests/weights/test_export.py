@@ -1,0 +1,119 @@
+"""Exported networks, as other programs use them: in a process that cannot import dsnet_jax."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import dsnet_jax
+from dsnet_jax.cli import main
+from dsnet_jax.config import default_config
+from dsnet_jax.data.specs import SHAPES
+from dsnet_jax.errors import InputError
+from dsnet_jax.weights.export import export
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+WITHOUT_US = """
+    import io, json, sys, zipfile
+    import numpy as np
+
+    sys.modules["dsnet_jax"] = None  # Whoever imports it fails.
+    folder = sys.argv[1]
+    images = np.load(f"{folder}/images.npz")
+
+    import jax
+    jax.config.update("jax_disable_most_optimizations", True)
+    with zipfile.ZipFile(f"{folder}/any.stablehlo") as file:
+        program = jax.export.deserialize(bytearray(file.read("program.bin")))
+        description = json.loads(file.read("description.json"))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    found = {f"stablehlo_{name}": np.asarray(program.call(images[name])) for name in images}
+
+    import onnxruntime
+    for name in images:
+        session = onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
+        found[f"onnx_{name}"] = session.run(["labels"], {"image": images[name]})[0]
+        same = session.get_modelmeta().custom_metadata_map
+        assert json.loads(same["description"])["class_names"] == description["class_names"]
+    np.savez(f"{folder}/found.npz", **found)
+    print(json.dumps(description))
+"""
+
+
+def smooth_images(size_hw, seed):
+    """Random images of blocks, so that labels have areas: uint8 [2, H, W, 3]."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    return blocks.repeat(16, axis=1).repeat(16, axis=2)[:, : size_hw[0], : size_hw[1]]
+
+
+# Halved, a side is even: of others OpenCV computes in fixed point, and a pixel may differ by one step.
+@pytest.mark.parametrize(
+    ("image_scale", "flags", "sizes_hw"), [(1.0, (), ((64, 96), (45, 77))), (0.5, ("--fold-batch-norm",), ((90, 124),))]
+)
+def test_exported_programs_give_our_labels_in_a_process_without_us(
+    image_scale, flags, sizes_hw, small_config, random_run, tmp_path, capsys
+):
+    if image_scale != 1:
+        file = random_run / "config.json"
+        config = json.loads(file.read_text())
+        config["data"]["image_scale"] = image_scale
+        file.write_text(json.dumps(config))
+    images = {f"{h}x{w}": smooth_images((h, w), seed=h) for h, w in sizes_hw}
+    np.savez(tmp_path / "images.npz", **images)
+    command = ["export", f"--workdir={random_run}", *flags]
+    assert main([*command, "--format=stablehlo", f"--output={tmp_path}/any.stablehlo"]) == 0
+    for height, width in sizes_hw:
+        size = ["--size-hw", str(height), str(width), f"--output={tmp_path}/{height}x{width}.onnx"]
+        assert main([*command, "--format=onnx", *size]) == 0
+    assert "step 7" in capsys.readouterr().out
+
+    arguments = [sys.executable, "-c", textwrap.dedent(WITHOUT_US), str(tmp_path)]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    network = dsnet_jax.load(random_run)
+    with np.load(tmp_path / "found.npz") as found:
+        for name, ours in images.items():
+            expected = np.stack(network.predict(ours))
+            assert len(np.unique(expected)) == 3
+            for kind in ("stablehlo", "onnx"):
+                assert found[f"{kind}_{name}"].dtype == np.uint8
+                assert np.mean(found[f"{kind}_{name}"] == expected) > 0.9999, (kind, name)
+
+    description = json.loads(result.stdout)
+    assert description["class_names"] == ["wall", "floor", "lamp"]
+    assert description["palette"] == [[200, 60, 60], [60, 200, 60], [60, 60, 200]]
+    assert description["preprocessing"]["image_scale"] == image_scale
+    assert description["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert description["batch_norm_folded"] == bool(flags)
+    assert description["input"]["shape"] == [None, None, None, 3]
+
+
+def test_what_cannot_be_written_is_told_in_one_line(small_config, random_run, tmp_path, capsys):
+    output = tmp_path / "no_folder" / "x"
+    assert main(["export", f"--workdir={random_run}", f"--output={output}", "--format=safetensors"]) == 1
+    assert f"{output} cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_network_of_any_size_cannot_have_a_non_local_block(random_run, tmp_path):
+    config = default_config()
+    config.model.sampling = "nonlocal"
+    with pytest.raises(InputError, match="a non-local block works in bands"):
+        export(config, SHAPES, {}, 0, tmp_path / "x", "stablehlo")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format=onnx"], "ONNX files have one size: give --size-hw"),
+        (["--format=safetensors", "--size-hw", "32", "32"], "safetensors has weights alone"),
+        (["--format=onnx", "--size-hw", "0", "32"], "'0' is not a whole number of 1 or more"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message, small_config, random_run, tmp_path, capsys):
+    assert main(["export", f"--workdir={random_run}", f"--output={tmp_path}/x", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
