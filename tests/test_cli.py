@@ -192,7 +192,7 @@ def test_a_data_set_whose_preparation_is_stopped_is_not_there(number, exit_code,
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == exit_code
+    assert process.returncode == exit_code, errors
     last = errors.splitlines()[-1]  # Progress may stand before it, on a slow machine.
     assert last == f"dsnet: stopped by {number.name}; the same command goes on from what was saved"
     assert list(tmp_path.iterdir()) == []
