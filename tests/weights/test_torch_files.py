@@ -95,6 +95,8 @@ def test_a_refused_file_does_not_get_as_far_as_pytorch(tmp_path, monkeypatch):
         (b"", "0 bytes that are neither safetensors nor written by torch.save"),
         (b"<html>not found</html>", "22 bytes that are neither"),
     ],
+    # A zip file holds the time: as a name it would differ from one test process to the next.
+    ids=["two pickles", "TorchScript", "compressed", "cut", "pickle cut", "legacy cut", "empty", "text"],
 )
 def test_a_damaged_pth_is_told_in_one_line(data, message, tmp_path):
     (tmp_path / "x.pth").write_bytes(data)
