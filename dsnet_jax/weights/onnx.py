@@ -29,7 +29,8 @@ def to_onnx(
       batch_size: B; None: any.
 
     Raises:
-      InputError: the packages of the extra `export` are not installed, or the network is too large for one file.
+      InputError: the packages of the extra `export` are not installed, the program has an operation that is not known
+        here, or the network is too large for one file.
     """
     try:
         import onnx
@@ -38,7 +39,10 @@ def to_onnx(
     except ImportError as error:
         raise InputError(f"{error}: install it, or dsnet_jax[export]") from error
     batch = jax.export.symbolic_shape("b")[0] if batch_size is None else batch_size
-    graph = to_graph(program, jax.ShapeDtypeStruct((batch, *size_hw, 3), jnp.uint8))
+    try:
+        graph = to_graph(program, jax.ShapeDtypeStruct((batch, *size_hw, 3), jnp.uint8))
+    except NotImplementedError as error:
+        raise InputError(f"{error}: export to StableHLO, or smaller images") from error
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="dsnet_jax"
     )

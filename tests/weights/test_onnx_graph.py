@@ -6,8 +6,10 @@ import onnxruntime
 import pytest
 
 from dsnet_jax.config import default_config
+from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model
 from dsnet_jax.models.resnet import RESNETS
+from dsnet_jax.weights.onnx import to_onnx
 from dsnet_jax.weights.onnx_graph import IR_VERSION, OPSET, to_graph
 from dsnet_jax.weights.program import label_program
 
@@ -87,3 +89,8 @@ def test_an_operation_gives_what_jax_gives_whatever_the_order_of_axes(function, 
 def test_what_has_no_rule_is_named():
     with pytest.raises(NotImplementedError, match="sort"):
         to_graph(lambda x: jnp.sort(x), jax.ShapeDtypeStruct((4,), jnp.float32))
+
+
+def test_a_network_that_onnx_cannot_have_is_refused_in_one_line():
+    with pytest.raises(InputError, match=r"^ONNX: sort of .* has no rule: export to StableHLO, or smaller images$"):
+        to_onnx(lambda x: jnp.sort(x), {}, (4, 4))
