@@ -106,7 +106,7 @@ class Checkpoints:
           InputError: the save before failed, or there is no room for this one.
         """
         self.wait()
-        leaves = dict(_named_leaves(trees))
+        leaves = dict(named_leaves(trees))
         self._saving = step, sum(leaf.nbytes for leaf in leaves.values())
         if self._is_local and shutil.disk_usage(self.folder).free < self._saving[1]:
             raise self._failed_save("no space left")
@@ -165,7 +165,7 @@ class Checkpoints:
             raise self._damaged(step, f"{MANIFEST}/metadata is not what was saved")
         self._compare(step, manifest["leaves"], like)
         trees = self._read(step, {name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
-        leaves = list(_named_leaves(trees))
+        leaves = list(named_leaves(trees))
         wrong = [name for name, leaf in leaves if checksum(leaf) != manifest["leaves"][name]["crc32"]]
         if wrong:
             raise self._damaged(step, f"{len(wrong)} of {len(leaves)} arrays are not what was saved", wrong)
@@ -174,7 +174,7 @@ class Checkpoints:
     def _compare(self, step: int, saved: dict[str, Any], like: dict[str, Any]) -> None:
         """Raises InputError if a step's arrays have other names, shapes or dtypes than `like`."""
         saved = {name: _text(leaf) for name, leaf in saved.items() if name.split("/")[0] in like}
-        wanted = {name: _text(_described(leaf)) for name, leaf in _named_leaves(like)}
+        wanted = {name: _text(_described(leaf)) for name, leaf in named_leaves(like)}
         different = [
             f"{name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
             for name in sorted(saved | wanted)
@@ -264,9 +264,15 @@ class _TwoNewestAndBest:
         return [step in {*steps[-2:], self._best_step()} for step in steps]
 
 
-def _named_leaves(trees: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+def leaf_name(path: tuple) -> str:
+    """What a leaf of a tree is called, as `params/backbone/stem/conv/kernel`, by its path as JAX gives it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree with their names."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield leaf_name(path), leaf
 
 
 def _described(leaf: jax.Array | jax.ShapeDtypeStruct) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from dsnet_jax import parallel
+from dsnet_jax.checkpoints import leaf_name, named_leaves
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.trained import load_trained
@@ -39,7 +40,7 @@ def init_from(workdir: str, fresh: dict[str, Any], spec: DatasetSpec) -> tuple[d
     backbone_only = is_ported_backbone(workdir)
     if backbone_only:
         ported = load_backbone(workdir, parallel.replicated(parallel.local_mesh()))
-        given = dict(_named({kind: {"backbone": tree} for kind, tree in ported.items()}))
+        given = dict(named_leaves({kind: {"backbone": tree} for kind, tree in ported.items()}))
         same_classes, advice = True, "choose config.model.backbone and .stem as they are there"
     else:
         if workdir.endswith(".safetensors"):
@@ -47,13 +48,13 @@ def init_from(workdir: str, fresh: dict[str, Any], spec: DatasetSpec) -> tuple[d
         else:
             run = load_trained(workdir)
             classes, trained = run.spec, run.variables
-        given = dict(_named(trained))
+        given = dict(named_leaves(trained))
         same_classes = classes.class_names == spec.class_names
         advice = "choose a run with the same config.model"
     new, different = [], []
 
     def choose(path: tuple, leaf: Any) -> np.ndarray:
-        name = _name(path)
+        name = leaf_name(path)
         if backbone_only and name.split("/")[1] == "backbone" and name not in given:
             different.append(f"{name}: none there, {leaf.shape} wanted")
         if name not in given or (not same_classes and HEAD in name.split("/")):
@@ -64,7 +65,7 @@ def init_from(workdir: str, fresh: dict[str, Any], spec: DatasetSpec) -> tuple[d
         return np.asarray(given[name])
 
     variables = jax.tree_util.tree_map_with_path(choose, fresh)
-    unused = sorted(given.keys() - {name for name, _ in _named(fresh)})
+    unused = sorted(given.keys() - {name for name, _ in named_leaves(fresh)})
     if backbone_only:
         different += [f"{name}: {given[name].shape} there, none wanted" for name in unused]
     if different:
@@ -81,11 +82,3 @@ def in_short(names: list[str]) -> str:
         return ", ".join(names) or "none"
     counts = Counter(name.split("/")[1] for name in names)
     return ", ".join(f"{module} ({count} arrays)" for module, count in counts.items())
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -11,6 +11,7 @@ import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
 
+from dsnet_jax.checkpoints import leaf_name, named_leaves
 from dsnet_jax.config import from_json, to_json
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
@@ -31,7 +32,7 @@ def to_safetensors(
       step: of the checkpoint.
       description: under "description".
     """
-    arrays = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(variables)}
     metadata = {
         "format": FORMAT,
         "config": to_json(config),
@@ -73,14 +74,14 @@ def read_safetensors(
     spec = DatasetSpec.from_json(json.loads(metadata["dataset"]))
     model = build_model(config.model, spec.num_classes)
     shapes = jax.eval_shape(lambda: initial_variables(model))
-    wanted = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    wanted = dict(named_leaves(shapes))
     for name in sorted(wanted.keys() | arrays.keys()):
         expected, found = (
             f"{of[name].dtype}{list(of[name].shape)}" if name in of else "nothing" for of in (wanted, arrays)
         )
         if expected != found:
             raise InputError(f"{file}: {name} is {found}, its config makes it {expected}: the file was changed")
-    variables = jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], shapes)
+    variables = jax.tree_util.tree_map_with_path(lambda path, _: arrays[leaf_name(path)], shapes)
     return config, spec, variables, int(metadata["step"])
 
 
@@ -95,8 +96,8 @@ def backbone_to_safetensors(variables: dict[str, Any], description: dict[str, An
     table = (*STEMS["torchvision, timm"], *BLOCKS)
     arrays = {}
     for tree in variables.values():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree["backbone"]):
-            module, _, kind = _name(path).rpartition("/")
+        for name, leaf in named_leaves(tree["backbone"]):
+            module, _, kind = name.rpartition("/")
             names = [found.expand(theirs) for ours, theirs in table if (found := re.fullmatch(ours, module))]
             if not names:
                 raise InputError(f"backbone/{module}: torchvision's ResNet has no such part (config.model.stem is v1?)")
@@ -104,7 +105,3 @@ def backbone_to_safetensors(variables: dict[str, Any], description: dict[str, An
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
             arrays[f"{names[0]}.{LEAVES[kind]}"] = np.ascontiguousarray(array)
     return safetensors.numpy.save(arrays, {"format": "pt", "description": json.dumps(description)})
-
-
-def _name(path: tuple) -> str:
-    return "/".join(key.key for key in path)
