@@ -7,6 +7,7 @@ is the same for one device and for a pod, for one process and for many.
 import ctypes
 import importlib.util
 import os
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -15,8 +16,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
-
-
 # Of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -55,12 +54,16 @@ def _keep_freed_memory() -> None:
 
 def global_mesh() -> Mesh:
     """All devices of all processes."""
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    return mesh_over(jax.devices())
 
 
 def local_mesh() -> Mesh:
     """The devices of this process: evaluation needs no other process until the counts are added up."""
-    devices = jax.local_devices()
+    return mesh_over(jax.local_devices())
+
+
+def mesh_over(devices: Sequence[jax.Device]) -> Mesh:
+    """The one axis over these devices, attached ones or only described."""
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 

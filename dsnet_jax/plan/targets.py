@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from dsnet_jax import parallel
 from dsnet_jax.errors import InputError
@@ -108,7 +108,7 @@ def mesh_of(target: Target) -> Mesh:
         devices = _describe(target)
     except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         raise _explained(target, error) from error
-    return jax.make_mesh((len(devices),), (parallel.AXIS,), (AxisType.Auto,), devices=devices)
+    return parallel.mesh_over(devices)
 
 
 def _describe(target: Target) -> list[Any]:
