@@ -6,6 +6,7 @@ import optax
 
 from dsnet_jax.ops import resize_bilinear
 from dsnet_jax.ops.precision import at_least_float32
+from dsnet_jax.ops.resize import bilinear_weights
 
 BAND_ROWS = 16  # Of labels at a time, at most. Fewer take less memory; a CPU is quickest with 16 to 32.
 
@@ -41,8 +42,8 @@ def cross_entropy(
     bands = -(-rows // BAND_ROWS)
     band_rows = -(-rows // bands)
     missing = bands * band_rows - rows  # In the last band; of no weight and without labels.
-    # The resized identity matrix holds the weight of every row of the logits in every row of labels.
-    weights = resize_bilinear(jnp.eye(rows_in, dtype=logits.dtype)[None, :, None], (rows, 1))[0, :, 0]
+    centre = (jnp.arange(rows, dtype=logits.dtype) + 0.5) * (rows_in / rows) - 0.5
+    weights = bilinear_weights(centre, rows_in, jnp.asarray(rows_in))
     weights = jnp.pad(weights, ((0, missing), (0, 0))).reshape(bands, band_rows, rows_in)
     labels = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_label)
     labels = labels.reshape(batch, bands, band_rows, columns).swapaxes(0, 1)
