@@ -7,9 +7,8 @@ import numpy as np
 from etils import epath
 
 from dsnet_jax import parallel
-from dsnet_jax.data.pipeline import Example
+from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.specs import Colour
-from dsnet_jax.data.transforms import resize_image
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import protocol_named
 from dsnet_jax.evaluation.trained import Trained, load_trained
@@ -81,8 +80,7 @@ class Predictor:
         for index, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"image {index} is {image.dtype}{list(image.shape)}: uint8 [H, W, 3], RGB, is needed")
-            scaled = resize_image(image, self.trained.config.data.image_scale)
-            yield Example(index, f"image {index}", scaled, None, image.shape[:2])
+            yield example_of(index, f"image {index}", image, None, self.trained.config.data.image_scale)
 
     def colourise(self, labels: np.ndarray) -> np.ndarray:
         """Labels, uint8 [H, W], in their colours: RGB, uint8 [H, W, 3]."""

@@ -31,9 +31,16 @@ def overlay(image: np.ndarray, labels: np.ndarray, spec: DatasetSpec, opacity: f
     picture = np.rint((1 - opacity) * image + opacity * spec.colourise(labels)).astype(np.uint8)
     ignored = labels == IGNORE_LABEL
     picture[ignored] = image[ignored]
-    picture[:-1][labels[:-1] != labels[1:]] = 255
-    picture[:, :-1][labels[:, :-1] != labels[:, 1:]] = 255
+    picture[outlines(labels)] = 255
     return picture
+
+
+def outlines(labels: np.ndarray) -> np.ndarray:
+    """Where the label below or to the right is another one, bool [H, W], of labels [H, W]."""
+    changes = np.zeros(labels.shape, bool)
+    changes[:-1] = labels[:-1] != labels[1:]
+    changes[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    return changes
 
 
 def fitted_hw(size_hw: tuple[int, int], box_hw: tuple[int, int]) -> tuple[int, int]:

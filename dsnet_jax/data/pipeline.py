@@ -126,7 +126,7 @@ def evaluation_examples(
     Raises:
       InputError: while iterating, a record that cannot be decoded.
     """
-    load = functools.partial(_load_example, split=split, image_scale=image_scale)
+    load = functools.partial(load_example, split=split, image_scale=image_scale)
     return _iterate(grain.MapDataset.range(len(split))[process_index::process_count].map(load), read_threads)
 
 
@@ -162,10 +162,19 @@ def _load_batch(
     return {"image": images, "label": labels, "record": np.array([index for index, _ in elements], np.int64)}
 
 
-def _load_example(index: int, *, split: Split | DecodedSplit, image_scale: float) -> Example:
+def load_example(index: int, *, split: Split | DecodedSplit, image_scale: float) -> Example:
+    """Reads and decodes a record to evaluate.
+
+    Raises:
+      InputError: it cannot be decoded; the message names it.
+    """
     picture = _picture(split, index)
-    image = resize_image(picture.image, image_scale)
-    return Example(index, picture.id, image, picture.label, picture.image.shape[:2])
+    return example_of(index, picture.id, picture.image, picture.label, image_scale)
+
+
+def example_of(index: int, id_: str, image: np.ndarray, label: np.ndarray | None, image_scale: float) -> Example:
+    """An example of a picture as it was decoded, RGB, uint8 [H, W, 3]: its image comes to working resolution."""
+    return Example(index, id_, resize_image(image, image_scale), label, image.shape[:2])
 
 
 def _picture(split: Split | DecodedSplit, index: int) -> Picture:

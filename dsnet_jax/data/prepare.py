@@ -20,12 +20,11 @@ from dsnet_jax.data.builders.pascal_context import PascalContext, PascalContext6
 from dsnet_jax.data.builders.voc2012 import Voc2012
 from dsnet_jax.data.decoding import MAX_PIXELS
 from dsnet_jax.data.published import PublishedSource
-from dsnet_jax.data.records import PUBLISHED, VERSION
+from dsnet_jax.data.records import VERSION
 from dsnet_jax.data.specs import IGNORE_LABEL, DatasetSpec
 from dsnet_jax.data.validation import LISTED, CheckedSplit, list_problems
 from dsnet_jax.errors import InputError
 
-DATASETS = ("shapes", *PUBLISHED, "folder")
 _BUILDERS = {
     "shapes": Shapes,
     "camvid": Camvid,
@@ -34,6 +33,7 @@ _BUILDERS = {
     "pascal_context": PascalContext,
     "pascal_context_60": PascalContext60,
 }
+DATASETS = (*_BUILDERS, "folder")
 
 
 def prepare(

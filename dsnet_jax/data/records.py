@@ -97,6 +97,11 @@ def open_split(root: str, name: str, split: str) -> Split:
     return Split(builder, split)
 
 
+def spread_evenly(count: int, length: int) -> list[int]:
+    """Positions of `count` records, from the first of `length` to the last; of all where there are not so many."""
+    return np.linspace(0, length - 1, min(count, length), dtype=int).tolist()
+
+
 def split_names(root: str, name: str) -> list[str]:
     """The splits of a prepared data set, as stored; arguments and errors are those of `open_split`."""
     return list(_open(root, name).info.metadata["splits"])
@@ -105,8 +110,8 @@ def split_names(root: str, name: str) -> list[str]:
 def _open(root: str, name: str) -> tfds.core.DatasetBuilder:
     folder = Path(root) / name / VERSION
     if not (folder / "dataset_info.json").exists():
-        arguments = {"shapes": "shapes"}.get(name, f"folder --name={name} --source=DIR")
-        if name in PUBLISHED:
-            arguments = f"{name} --source=DIR"
+        arguments = f"{name if name in PUBLISHED else f'folder --name={name}'} --source=DIR"
+        if name == "shapes":
+            arguments = name
         raise InputError(f"{root}: data set {name!r} is not prepared: run `dsnet prepare {arguments} --root={root}`")
     return tfds.builder_from_directory(folder)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dsnet_jax.data.drawing import fitted_hw, overlay, resized
 from dsnet_jax.data.pipeline import Example, evaluation_examples
-from dsnet_jax.data.records import Split
+from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.data.specs import IGNORE_LABEL, DatasetSpec
 from dsnet_jax.progress import track
 
@@ -90,7 +90,7 @@ def look_at(split: Split) -> Look:
     Raises:
       InputError: a record cannot be decoded.
     """
-    shown = set(np.linspace(0, len(split) - 1, min(EXAMPLES, len(split)), dtype=int).tolist())
+    shown = set(spread_evenly(EXAMPLES, len(split)))
     seen, panels = [], []
     examples = evaluation_examples(split, image_scale=1.0, read_threads=os.cpu_count() or 1)
     for example in track(examples, f"looking at {split.spec.name} {split.name}", len(split)):

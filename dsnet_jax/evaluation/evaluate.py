@@ -14,14 +14,13 @@ from rich.console import Console
 from dsnet_jax import parallel, processes
 from dsnet_jax.data.drawing import write_picture
 from dsnet_jax.data.pipeline import Example, evaluation_examples
-from dsnet_jax.data.records import Split, open_split
+from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.boundary import boundary_counts
-from dsnet_jax.evaluation.canvases import choose_canvases
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol, protocol_named
-from dsnet_jax.evaluation.trained import load_trained
+from dsnet_jax.evaluation.trained import load_trained, open_split_of
 from dsnet_jax.ops.extent import CANVAS_MULTIPLE
 from dsnet_jax.progress import track
 from dsnet_jax.stopping import Request, Stopped
@@ -80,9 +79,7 @@ def evaluate(
     """
     index, count = jax.process_index(), jax.process_count()
     segmenter = Segmenter(model, variables, parallel.local_mesh(), protocol)
-    batch_size = segmenter.whole(max(1, int(config.evaluation.batch_size / protocol.enlargement)))
-    canvases = choose_canvases(split.sizes_hw[index::count], config.data.image_scale, protocol, batch_size)
-    wanted = set(np.linspace(0, len(split) - 1, min(show, len(split)), dtype=int).tolist())
+    wanted = set(spread_evenly(show, len(split)))
     images, padding, computed, true = 0, 0, 0, 0
     programs = set()
     num_classes = split.spec.num_classes
@@ -92,7 +89,8 @@ def evaluate(
     if processes.is_main_process():
         examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(range(index, len(split), count)))
     told = 0
-    for batch, labels, counts in segmenter.run(examples, batch_size, lambda example: canvases[example.label_hw]):
+    sizes_hw, batch_size = split.sizes_hw[index::count], config.evaluation.batch_size
+    for batch, labels, counts in segmenter.run_known(examples, sizes_hw, config.data.image_scale, batch_size):
         if counts is None:
             raise InputError(
                 f"split {split.name!r} of {split.spec.name} has no labels to score: choose another --split"
@@ -156,12 +154,7 @@ def evaluate_run(
     """
     trained = load_trained(workdir, step)
     config = trained.config
-    data = open_split(root or config.data.root, config.data.name, split or config.data.eval_split)
-    if data.spec.class_names != trained.spec.class_names:
-        raise InputError(
-            f"{workdir} was trained on {trained.spec.num_classes} classes, {data.spec.name} has now "
-            f"{data.spec.num_classes}, or others: prepare the data set as it was"
-        )
+    data = open_split_of(trained, workdir, split, root)
     seen = protocol_named(protocol, config)
     found = evaluate(trained.model, trained.variables, data, config, config.evaluation.overlays, protocol=seen)
     if not processes.is_main_process():

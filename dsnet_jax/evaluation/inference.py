@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
 from dsnet_jax import parallel
-from dsnet_jax.evaluation.canvases import WAITING_PIXELS, Batch, CanvasPair, batches, own_canvases
+from dsnet_jax.evaluation.canvases import WAITING_PIXELS, Batch, CanvasPair, batches, choose_canvases, own_canvases
 from dsnet_jax.evaluation.metrics import confusion_counts
 from dsnet_jax.evaluation.passes import merged_labels, passes_over
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
@@ -85,6 +86,21 @@ class Segmenter:
             under_way = started
         if under_way is not None:
             yield under_way
+
+    def run_known(
+        self, examples: Iterable["Example"], sizes_hw: np.ndarray, image_scale: float, batch_size: int
+    ) -> Iterator[tuple[Batch, jax.Array, jax.Array | None]]:
+        """As `run`, for examples whose sizes are known beforehand: on the few canvases of `choose_canvases`.
+
+        Args:
+          examples: see `batches`.
+          sizes_hw: heights and widths of their labels, [N, 2].
+          image_scale: working resolution: of the images over the labels.
+          batch_size: images a batch, divided by how much the protocol enlarges an image.
+        """
+        batch_size = self.whole(max(1, int(batch_size / self.protocol.enlargement)))
+        canvases = choose_canvases(sizes_hw, image_scale, self.protocol, batch_size)
+        return self.run(examples, batch_size, lambda example: canvases[example.label_hw])
 
 
 @partial(jax.jit, static_argnames=("model", "protocol", "label_canvas_hw"))

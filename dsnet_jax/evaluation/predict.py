@@ -10,8 +10,8 @@ from etils import epath
 from dsnet_jax import parallel
 from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, read_file, read_size_hw
 from dsnet_jax.data.drawing import overlay, write_picture
-from dsnet_jax.data.pipeline import Example
-from dsnet_jax.data.transforms import resize_image, scaled_size_hw
+from dsnet_jax.data.pipeline import Example, example_of
+from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.canvases import canvas_hw
 from dsnet_jax.evaluation.inference import Segmenter
@@ -76,8 +76,7 @@ def predict_files(
                 print(f"dsnet: {error}", file=sys.stderr)
                 continue
             originals[index] = image
-            scaled = resize_image(image, trained.config.data.image_scale)
-            yield Example(index, str(file), scaled, None, image.shape[:2])
+            yield example_of(index, str(file), image, None, trained.config.data.image_scale)
 
     segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh(), seen)
     for batch, labels, _ in segmenter.run(readable(files), batch_size=1):

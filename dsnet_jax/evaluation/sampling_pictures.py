@@ -15,16 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from dsnet_jax import parallel
-from dsnet_jax.data.cache import decode_picture
-from dsnet_jax.data.drawing import write_picture
-from dsnet_jax.data.pipeline import Example, evaluation_examples
-from dsnet_jax.data.records import Split, open_split
-from dsnet_jax.data.transforms import resize_image
+from dsnet_jax.data.drawing import outlines, write_picture
+from dsnet_jax.data.pipeline import Example, evaluation_examples, load_example
+from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.pictures import comparisons
 from dsnet_jax.evaluation.sampling_points import PointFigures, SampledPoints, border_positions, figures, sampled_points
-from dsnet_jax.evaluation.trained import Trained, load_trained
+from dsnet_jax.evaluation.trained import Trained, check_classes, load_trained, open_split_of
 from dsnet_jax.progress import track
 
 POSITIONS = 6  # Of an image, where none are given.
@@ -67,12 +65,11 @@ def draw_sampling_points(
     """
     trained = load_trained(workdir, step)
     config = trained.config
-    data = open_split(root or config.data.root, config.data.name, split or config.data.eval_split)
+    data = open_split_of(trained, workdir, split, root)
     other = None if baseline is None else load_trained(baseline)
-    for folder, run in ((workdir, trained), (baseline, other)):
-        if run is not None and run.spec.class_names != data.spec.class_names:
-            raise InputError(f"{folder} was trained on other classes than {data.spec.name} has now: give another run")
-    shown = [_example(data, index, config.data.image_scale) for index in _indices(data, ids, images)]
+    if other is not None:
+        check_classes(other, baseline, data.spec)
+    shown = _examples(data, _indices(data, ids, images), config.data.image_scale)
     _check_positions(positions, shown)
     pairs = sampled_points(trained.model, trained.variables, shown, batch_size=1)
     points = {example.index: points for example, points in pairs}
@@ -84,13 +81,13 @@ def draw_sampling_points(
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}): give another --output") from error
     for example in shown:
-        outlines = labels[example.index] if example.label is None else example.label
+        shown_labels = labels[example.index] if example.label is None else example.label
         margin = 2 * max(points[example.index].pixels_per_cell)
-        places = positions or border_positions(outlines, POSITIONS, margin)
+        places = positions or border_positions(shown_labels, POSITIONS, margin)
         file = folder / f"{example.id.replace('/', '_')}.png"
-        write_points_picture(file, example, points[example.index], places, outlines)
+        write_points_picture(file, example, points[example.index], places, shown_labels)
     if other is not None:
-        theirs = _labels(other, [_example(data, example.index, other.config.data.image_scale) for example in shown])
+        theirs = _labels(other, _examples(data, [one.index for one in shown], other.config.data.image_scale))
         rows = []
         for example in shown:
             row = {} if example.label is None else {"truth": example.label}
@@ -111,7 +108,7 @@ def _indices(split: Split, ids: Sequence[str], count: int) -> list[int]:
     if count < 0:
         raise InputError(f"--images is {count}: 0 or more are needed", exit_code=2)
     if not ids:
-        return np.linspace(0, len(split) - 1, min(count, len(split)), dtype=int).tolist()
+        return spread_evenly(count, len(split))
     known = {split[index].id: index for index in range(len(split))}
     if unknown := [id_ for id_ in ids if id_ not in known]:
         raise InputError(
@@ -120,9 +117,8 @@ def _indices(split: Split, ids: Sequence[str], count: int) -> list[int]:
     return [known[id_] for id_ in ids]
 
 
-def _example(split: Split, index: int, image_scale: float) -> Example:
-    picture = decode_picture(split, index)
-    return Example(index, picture.id, resize_image(picture.image, image_scale), picture.label, picture.image.shape[:2])
+def _examples(split: Split, indices: Sequence[int], image_scale: float) -> list[Example]:
+    return [load_example(index, split=split, image_scale=image_scale) for index in indices]
 
 
 def _check_positions(positions: Sequence[tuple[float, float]], examples: Sequence[Example]) -> None:
@@ -229,6 +225,5 @@ def _draw_points(
 def _outlines(labels: np.ndarray) -> np.ndarray:
     """White where the label changes and clear elsewhere: RGBA, uint8 [H, W, 4]."""
     picture = np.zeros((*labels.shape, 4), np.uint8)
-    picture[:-1][labels[:-1] != labels[1:]] = (255, 255, 255, 180)
-    picture[:, :-1][labels[:, :-1] != labels[:, 1:]] = (255, 255, 255, 180)
+    picture[outlines(labels)] = (255, 255, 255, 180)
     return picture

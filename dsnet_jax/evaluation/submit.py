@@ -8,13 +8,10 @@ from etils import epath
 
 from dsnet_jax import parallel
 from dsnet_jax.data.pipeline import evaluation_examples
-from dsnet_jax.data.records import open_split
-from dsnet_jax.errors import InputError
-from dsnet_jax.evaluation.canvases import choose_canvases
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import protocol_named
 from dsnet_jax.evaluation.submissions import write_submission
-from dsnet_jax.evaluation.trained import load_trained
+from dsnet_jax.evaluation.trained import load_trained, open_split_of
 from dsnet_jax.progress import track
 
 
@@ -44,21 +41,15 @@ def predict_submission(
     """
     trained = load_trained(workdir, step)
     config = trained.config
-    data = open_split(root or config.data.root, config.data.name, split)
-    if data.spec.class_names != trained.spec.class_names:
-        raise InputError(
-            f"{workdir} was trained on {trained.spec.num_classes} classes, {data.spec.name} has now "
-            f"{data.spec.num_classes}, or others: prepare the data set as it was"
-        )
+    data = open_split_of(trained, workdir, split, root)
     seen = protocol_named(protocol, config)
 
     def predictions() -> Iterator[tuple[str, np.ndarray]]:
         segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh(), seen)
-        batch_size = segmenter.whole(max(1, int(config.evaluation.batch_size / seen.enlargement)))
-        canvases = choose_canvases(data.sizes_hw, config.data.image_scale, seen, batch_size)
-        examples = evaluation_examples(data, config.data.image_scale, read_threads=config.data.read_threads)
+        scale = config.data.image_scale
+        examples = evaluation_examples(data, scale, read_threads=config.data.read_threads)
         examples = track(examples, f"labelling {data.spec.name} {data.name}", len(data))
-        for batch, labels, _ in segmenter.run(examples, batch_size, lambda example: canvases[example.label_hw]):
+        for batch, labels, _ in segmenter.run_known(examples, data.sizes_hw, scale, config.evaluation.batch_size):
             for example, prediction in batch.cropped(labels):
                 yield example.id, prediction
 

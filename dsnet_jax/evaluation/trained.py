@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dsnet_jax import parallel
 from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.data.records import Split, open_split
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model, initial_variables
@@ -60,3 +61,32 @@ def load_trained(workdir: epath.PathLike, step: int | str | None = None) -> Trai
     step = checkpoints.steps()[-1] if step is None else step
     checkpoints.close()
     return Trained(config, spec, model, trees[tree], step)
+
+
+def open_split_of(
+    trained: Trained, workdir: epath.PathLike, split: str | None = None, root: str | None = None
+) -> Split:
+    """A split of the data set that a run was trained on.
+
+    Args:
+      trained: the run.
+      workdir: its folder, as errors call it.
+      split: None: `config.data.eval_split`.
+      root: where prepared data sets lie; None: `config.data.root`.
+
+    Raises:
+      InputError: the split is not there, or has other classes now.
+    """
+    config = trained.config.data
+    data = open_split(root or config.root, config.name, split or config.eval_split)
+    check_classes(trained, workdir, data.spec)
+    return data
+
+
+def check_classes(trained: Trained, workdir: epath.PathLike, spec: DatasetSpec) -> None:
+    """Raises InputError if a run was not trained on the classes that a data set has now."""
+    if trained.spec.class_names != spec.class_names:
+        raise InputError(
+            f"{workdir} was trained on other classes than {spec.name} has now, {trained.spec.num_classes} and "
+            f"{spec.num_classes} of them: prepare the data set as it was, or give another run"
+        )

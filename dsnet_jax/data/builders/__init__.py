@@ -184,6 +184,13 @@ class PublishedBuilder(SegmentationBuilder, skip_registration=True):
             raise InputError(f"{piece.name}: not found: {piece.advice}")
         return root
 
+    def find_optional(self, piece: Piece, without: str) -> str | None:
+        """Where a piece is; if it is not there None, and a note that says what there is not `without` it."""
+        root = self.source.find(piece)
+        if root is None:
+            self.notes.append(f"{without}: {piece.advice}")
+        return root
+
 
 class Shapes(SegmentationBuilder, skip_registration=True):
     """Drawn indoor scenes: tables, chairs, plants and lamps."""

@@ -49,10 +49,8 @@ class Ade20k(PublishedBuilder, skip_registration=True):
             split: find_pairs(self.source, f"{root}/images/{folder}", f"{root}/annotations/{folder}")
             for split, folder in _FOLDERS.items()
         }
-        if test := self.source.find(TEST):
+        if test := self.find_optional(TEST, "no test images, so there is no test"):
             splits["test"] = find_pairs(self.source, f"{test}/testing", None)
-        else:
-            self.notes.append(f"no test images, so there is no test: {TEST.advice}")
         return splits
 
     def read_labels(self, pair: Pair) -> np.ndarray | None:

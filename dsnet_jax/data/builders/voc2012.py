@@ -66,11 +66,9 @@ class Voc2012(PublishedBuilder, skip_registration=True):
             split: [Pair(id_, f"{root}/JPEGImages/{id_}.jpg", masks[id_]) for id_ in split_ids]
             for split, split_ids in ids.items()
         }
-        if test := self.source.find(TEST):
+        if test := self.find_optional(TEST, "no test images, so there is no test"):
             test_ids = self._read_list(f"{test}/VOC2012/ImageSets/Segmentation/test.txt")
             splits["test"] = [Pair(id_, f"{test}/VOC2012/JPEGImages/{id_}.jpg", None) for id_ in test_ids]
-        else:
-            self.notes.append(f"no test images, so there is no test: {TEST.advice}")
         return {split: FoundSplit(pairs, [], []) for split, pairs in splits.items()}
 
     def read_labels(self, pair: Pair) -> np.ndarray | None:
