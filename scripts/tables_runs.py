@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.harness import processor
 from ml_collections import ConfigDict
 
 from dsnet_jax.config import FREE_FIELDS, differences, from_json, load_config
@@ -238,5 +239,4 @@ def hardware() -> str:
     count, _, kind = found.strip().splitlines()[-1].partition(";")
     if kind != "cpu":
         return f"{count} x {kind}"
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {models[0].partition(':')[2].strip()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {processor()}"
