@@ -38,12 +38,22 @@ class Request:
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
     """Within, a signal raises `Stopped` wherever the main thread is: for what tidies up, and is started anew."""
+    stopped = None
 
     def stop(number: int) -> None:
-        raise Stopped(number)
+        nonlocal stopped
+        stopped = Stopped(number)
+        raise stopped
 
     with _handling(stop):
-        yield
+        try:
+            yield
+        except Exception as error:
+            # Where the signal came, it may have been made an error: Python 3.11 makes RuntimeError of whatever is
+            # raised while a class is put together, during an import for instance.
+            if stopped is None:
+                raise
+            raise stopped from error
 
 
 @contextlib.contextmanager

@@ -21,6 +21,20 @@ def test_a_signal_raises_what_no_except_exception_catches(number, exit_code):
     assert (raised.value.signal, raised.value.exit_code) == (number, exit_code)
 
 
+def test_a_signal_that_was_made_an_error_is_a_signal_again():
+    class Told:
+        def __set_name__(self, owner, name):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped, match="stopped by SIGINT"), raising():
+        type("Owner", (), {"told": Told()})  # Python 3.11 raises RuntimeError in its place.
+
+
+def test_an_error_without_a_signal_stays_what_it_is():
+    with pytest.raises(ValueError, match="a fault"), raising():
+        raise ValueError("a fault")
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_deferred_signal_is_noted_and_told_and_nothing_else_happens(number, capfd):
     with deferred() as request:
