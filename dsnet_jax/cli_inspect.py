@@ -28,7 +28,9 @@ def add_subjects(
         "dsnet inspect data --name=camvid --output=camvid_inspected",
     )
     _add_data_flags(data)
-    data.add_argument("--split", help="the only split to look at (default: all)")
+    data.add_argument(
+        "--split", help="the only split to look at (default: all that are stored; those composed of them are counted)"
+    )
     data.add_argument("--output", help="folder for inspection.json and the sheets")
 
     points = add(

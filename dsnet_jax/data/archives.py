@@ -62,11 +62,24 @@ class FolderSource:
         return sorted(path.name for path in Path(parent).glob("[!.]*") if path.is_dir())
 
     def files(self, folder: str) -> list[str]:
-        """Paths of all files below `folder`, sorted. Raises InputError for a name that cannot be printed."""
-        paths = [str(path) for path in sorted(Path(folder).rglob("*")) if not path.is_dir()]
-        for path in paths:
+        """Paths of all files below `folder`, in linked folders too, sorted; none if there is no such folder.
+
+        Raises:
+          InputError: a folder cannot be read, links go in a circle, or a name cannot be printed.
+        """
+        return sorted(self._files(folder, ()))
+
+    def _files(self, folder: str, above: tuple[str, ...]) -> Iterator[str]:
+        """`above`: where the folders in which this one lies are, all links followed."""
+        if (place := os.path.realpath(folder)) in above:
+            raise InputError(f"{folder}: a link leads here again and again: remove it")
+        try:
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+        for path in (f"{folder}/{name}" for name in names):
             _check_printable(self.root, path)
-        return paths
+            yield from self._files(path, (*above, place)) if os.path.isdir(path) else [path]
 
     def read(self, path: str) -> bytes:
         """A file's content; raises InputError as `decoding.read_file` does."""

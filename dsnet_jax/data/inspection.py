@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsnet_jax.data.drawing import sheet, write_picture
-from dsnet_jax.data.records import open_split, split_names
+from dsnet_jax.data.records import composed_splits, open_split, split_names
 from dsnet_jax.data.specs import IGNORE_LABEL
 from dsnet_jax.data.survey import PANEL_HW, Look, look_at
 from dsnet_jax.data.suspicions import Finding, suspicious
@@ -28,7 +28,8 @@ def inspect_data(root: str, name: str, split: str | None = None, output: epath.P
     Args:
       root: where prepared data sets lie.
       name: of the data set.
-      split: the only one to look at; None: all. What is compared between splits is only found with several.
+      split: the only one to look at; None: all that are stored, and those that are composed of them are counted. What
+        is compared between splits is only found with several.
       output: folder, made if it is not there, for inspection.json and a sheet of examples for each split; may be gs://.
 
     Raises:
@@ -39,6 +40,11 @@ def inspect_data(root: str, name: str, split: str | None = None, output: epath.P
     console = Console()
     for table in tables(looks):
         console.print(table)
+    if split is None:
+        counts = {look.name: len(look.seen) for look in looks}
+        for composed, parts in composed_splits(root, name).items():
+            count = sum(counts[part] for part in parts)
+            console.print(Text(f"{composed}: {count:,} images, those of {' and '.join(parts)}"))
     console.print(Text("sizes: height x width; shares: of the pixels not ignored; ignored: of all labels' pixels\n"))
     console.print(Text(f"{len(findings)} suspicious" if findings else "nothing suspicious"))
     for finding in findings:

@@ -20,7 +20,7 @@ from dsnet_jax.data.builders.pascal_context import PascalContext, PascalContext6
 from dsnet_jax.data.builders.voc2012 import Voc2012
 from dsnet_jax.data.decoding import MAX_PIXELS
 from dsnet_jax.data.published import PublishedSource
-from dsnet_jax.data.records import VERSION
+from dsnet_jax.data.records import VERSION, open_builder
 from dsnet_jax.data.specs import IGNORE_LABEL, DatasetSpec
 from dsnet_jax.data.validation import LISTED, CheckedSplit, list_problems
 from dsnet_jax.errors import InputError
@@ -34,6 +34,7 @@ _BUILDERS = {
     "pascal_context_60": PascalContext60,
 }
 DATASETS = (*_BUILDERS, "folder")
+_REPLACED = ".replaced"  # An overwritten data set, until the new one is in its place; no data set has such a name.
 
 
 def prepare(
@@ -59,7 +60,8 @@ def prepare(
       root: where data sets are kept.
       name: of a `folder` data set; the others bear their own.
       accept_repacked: take archives whose checksum is not the published one.
-      skip_bad: leave out images that have a problem, and list them; otherwise any problem is an error.
+      skip_bad: leave out images that have a problem, and list them; otherwise any problem is an error. Refused for
+        what is published with a known number of images: with fewer it would not be that data set.
       max_pixels: the largest image that is accepted.
       overwrite: write anew what is there under that name.
 
@@ -78,6 +80,9 @@ def prepare(
         raise InputError(f"{dataset} takes one --source, not {len(sources)}", exit_code=2)
     if accept_repacked and not is_published:
         raise InputError(f"{dataset} takes no --accept-repacked: no checksum of it is known", exit_code=2)
+    if skip_bad and is_published:
+        wrong = "without some of its images it would not be the published data set"
+        raise InputError(f"{dataset} takes no --skip-bad: {wrong}: download it again", exit_code=2)
     with _workspace(target) as workspace, contextlib.ExitStack() as stack:
         files: Source | PublishedSource | None = None
         if is_published:
@@ -91,7 +96,7 @@ def prepare(
             print(f"left out for their problems: {sum(map(len, left_out.values()))}")
             print("\n".join(list_problems(left_out, problems_file)))
         if target.exists() and not overwrite:
-            if difference := _difference(tfds.builder_from_directory(target / VERSION), builder):
+            if difference := _difference(open_builder(root, name), builder):
                 raise InputError(f"{target}: exists and differs: {difference}: add --overwrite to write it anew")
             print(f"{target} holds just this already: nothing was written")
         else:
@@ -118,8 +123,17 @@ def _checked_name(dataset: str, sources: list[str], name: str | None) -> str:
 
 @contextlib.contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
-    """A folder beside `target` for what is not complete yet. One process at a time has it; it is removed at the end."""
+    """A folder beside `target` for what is not complete yet. One process at a time has it; it is removed at the end.
+
+    What was to be replaced, and by an interruption was not, is put back: at the end, or by the next run.
+    """
     folder = target.with_name(f".{target.name}.incomplete")
+    replaced = folder / _REPLACED
+
+    def put_back():
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,12 +141,14 @@ def _workspace(target: Path) -> Iterator[Path]:
     lock = os.open(folder, os.O_RDONLY)  # The system drops the lock of a process that is killed.
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        put_back()
         for left in folder.iterdir():
             print(f"removing what an interrupted run left in {folder}")
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield folder
         finally:
+            put_back()
             shutil.rmtree(folder)
     except BlockingIOError as error:
         raise InputError(f"{target}: another process is preparing it: wait until it has ended") from error
@@ -160,12 +176,12 @@ def _write(builder: SegmentationBuilder, target: Path, workspace: Path):
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces sizes that it does not know.
             builder.download_and_prepare()
+        if target.exists():
+            target.rename(workspace / _REPLACED)
+        (workspace / builder.name).rename(target)
     except (OSError, RuntimeError) as error:  # The writer is C++, and raises RuntimeError when the disk is full.
         free = shutil.disk_usage(workspace).free / 1e6
         raise InputError(f"{workspace}: cannot be written, with {free:.0f} MB free: {error}") from error
-    if target.exists():
-        target.rename(workspace / "replaced")
-    (workspace / builder.name).rename(target)
 
 
 def describe(
@@ -189,11 +205,11 @@ def describe(
     for split, parts in (composed or {}).items():
         count = sum(len(splits[part].pairs) for part in parts)
         lines.append(f"{split}: {count} images, those of {' and '.join(parts)}")
-    rows = {"share of pixels": list(splits)}
+    rows = [("share of pixels", list(splits))]
     for label, class_name in [*enumerate(spec.class_names), (IGNORE_LABEL, "ignored")]:
-        rows[class_name] = [_share(checked.label_pixels, label) for checked in splits.values()]
-    width = max(map(len, rows))
-    lines += [f"  {name:{width}}" + "".join(f" {cell:>9}" for cell in cells) for name, cells in rows.items()]
+        rows.append((class_name, [_share(checked.label_pixels, label) for checked in splits.values()]))
+    width = max(len(name) for name, _ in rows)
+    lines += [f"  {name:{width}}" + "".join(f" {cell:>9}" for cell in cells) for name, cells in rows]
     return "\n".join(lines)
 
 

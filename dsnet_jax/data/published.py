@@ -76,7 +76,7 @@ class PublishedSource:
         published names are what is tried last.
 
         Raises:
-          InputError: it is in a folder twice, or its checksum is not the published one.
+          InputError: it is in a folder twice, it cannot be read, or its checksum is not the published one.
         """
         folders = [path for path in self._paths if path.is_dir()]
         published = [folder / name for folder in folders for name in piece.files if (folder / name).is_file()]
@@ -113,8 +113,11 @@ class PublishedSource:
         if not known:
             return " (no checksum of it is published)"
         for kind, digest in known:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, kind).hexdigest()
+            try:
+                with open(path, "rb") as file:
+                    found = hashlib.file_digest(file, kind).hexdigest()
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
             if found == digest:
                 return f" (its {kind} is the published one)"
         told = f"{path}: its {kind} is {found}, and that of {' or '.join(piece.files)} is {digest}"

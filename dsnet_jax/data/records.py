@@ -90,7 +90,7 @@ def open_split(root: str, name: str, split: str) -> Split:
     Raises:
       InputError: the data set is not prepared, or has no such split.
     """
-    builder = _open(root, name)
+    builder = open_builder(root, name)
     known = [*builder.info.splits, *builder.info.metadata.get("composed", {})]
     if split not in known:
         raise InputError(f"{root}: data set {name!r} has no split {split!r}: choose one of {', '.join(known)}")
@@ -104,14 +104,33 @@ def spread_evenly(count: int, length: int) -> list[int]:
 
 def split_names(root: str, name: str) -> list[str]:
     """The splits of a prepared data set, as stored; arguments and errors are those of `open_split`."""
-    return list(_open(root, name).info.metadata["splits"])
+    return list(open_builder(root, name).info.metadata["splits"])
 
 
-def _open(root: str, name: str) -> tfds.core.DatasetBuilder:
+def composed_splits(root: str, name: str) -> dict[str, list[str]]:
+    """Which stored splits make up another, by its name; arguments and errors are those of `open_split`."""
+    return open_builder(root, name).info.metadata.get("composed", {})
+
+
+def open_builder(root: str, name: str) -> tfds.core.DatasetBuilder:
+    """A prepared data set as TFDS has it; its metadata are those that `builders` wrote.
+
+    Args:
+      root: the folder given to `dsnet prepare --root`.
+      name: of the data set.
+
+    Raises:
+      InputError: the data set is not prepared, or damaged.
+    """
     folder = Path(root) / name / VERSION
     if not (folder / "dataset_info.json").exists():
         arguments = f"{name if name in PUBLISHED else f'folder --name={name}'} --source=DIR"
         if name == "shapes":
             arguments = name
         raise InputError(f"{root}: data set {name!r} is not prepared: run `dsnet prepare {arguments} --root={root}`")
-    return tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        DatasetSpec.from_json(builder.info.metadata["spec"])  # For TFDS it may be missing.
+    except Exception as error:  # TFDS's readers raise what they like.
+        raise InputError(f"{folder}: damaged ({error!r:.200}): prepare it anew with --overwrite") from error
+    return builder

@@ -20,11 +20,13 @@ def decode_rle(counts: str | Sequence[int], size_hw: tuple[int, int]) -> np.ndar
       bool [H, W].
 
     Raises:
-      ValueError: the string is damaged, or the runs are not those of a mask of that size.
+      ValueError: the string is damaged, or the runs are not whole numbers that make a mask of that size.
     """
     height, width = size_hw
-    runs = _parse(counts) if isinstance(counts, str) else np.asarray(counts, np.int64)
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+    runs = _parse(counts) if isinstance(counts, str) else np.asarray(counts)
+    is_whole = runs.ndim == 1 and runs.dtype.kind == "i"
+    # A run longer than the mask is looked for by itself: the sum of several could overflow to the right number.
+    if not is_whole or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise ValueError(f"its runs do not make {height} x {width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 

@@ -15,6 +15,10 @@ IGNORE_COLOUR = (224, 224, 192)  # PASCAL VOC's.
 Colour = tuple[int, int, int]
 
 
+def _is_colour(colour: tuple) -> bool:
+    return len(colour) == 3 and all(channel in range(256) for channel in colour)
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """The classes of a data set.
@@ -39,7 +43,7 @@ class DatasetSpec:
             raise ValueError(f"class {twice[0]!r} is named more than once")
         if len(self.palette) != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} classes, but {len(self.palette)} colours")
-        if bad := [colour for colour in self.palette if len(colour) != 3 or not set(colour) <= set(range(256))]:
+        if bad := [colour for colour in self.palette if not _is_colour(colour)]:
             raise ValueError(f"{bad[0]} is not a colour: three integers from 0 to 255")
 
     @property
@@ -150,7 +154,8 @@ def parse_class_list(data: bytes, path: str, name: str) -> ClassList:
     A text file has one class a line in the order of the labels: `road`, or `road #804080` with its colour. Lines such
     as `ignore 254` or `ignore #e0e0c0` name mask values or colours that are not to be trained on. A JSON file (its name
     ends in .json) says the same: `{"class_names": ["road", ...], "palette": [[128, 64, 128], ...],
-    "ignore": [254, "#e0e0c0"]}`, the last two being optional.
+    "ignore": [254, "#e0e0c0"]}`, the last two being optional. A run's dataset.json is such a file, and what it says
+    of its name is passed over.
 
     Raises:
       InputError: the file cannot be understood, or contradicts itself.
@@ -171,10 +176,15 @@ def parse_class_list(data: bytes, path: str, name: str) -> ClassList:
 
 def _labels_of_colours(palette: tuple[Colour, ...], ignored: set[Colour]) -> dict[Colour, int] | None:
     if not palette:
+        if ignored:
+            raise ValueError(f"ignores colour {hex_colour(min(ignored))}, but no class has a colour: give one to all")
         return None
     if twice := [colour for colour in palette if palette.count(colour) > 1 or colour in ignored]:
         raise ValueError(f"colour {hex_colour(twice[0])} is given twice: masks could not be read by colour")
     return {colour: label for label, colour in enumerate(palette)} | dict.fromkeys(ignored, IGNORE_LABEL)
+
+
+_NO_NAME = re.compile(r"#|ignore\s*[\d#,:]", re.IGNORECASE)
 
 
 def _parse_lines(text: str) -> tuple[tuple[str, ...], tuple[Colour, ...], list[int | Colour]]:
@@ -182,6 +192,8 @@ def _parse_lines(text: str) -> tuple[tuple[str, ...], tuple[Colour, ...], list[i
     for line in filter(None, map(str.strip, text.splitlines())):
         if match := re.fullmatch(r"ignore\s+(#\S+|\d+)", line):
             ignored.append(_value_or_colour(match[1]))
+        elif _NO_NAME.match(line):  # As a class it would shift the labels of those below.
+            raise ValueError(f"{line!r:.50} is no name of a class: write `ignore 254`, one a line, and no comments")
         elif match := re.fullmatch(r"(.+?)\s+(#\S+)", line):
             names.append(match[1])
             colours.append(_value_or_colour(match[2]))

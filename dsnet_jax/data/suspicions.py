@@ -96,7 +96,8 @@ def _shared(first: Look, second: Look) -> list[Finding]:
         return []
     what = f"{first.name} and {second.name} share {len(pairs)} images: a network trained on one must not be scored on "
     what += "the other"
-    if differing := sum(mine.label_digest != other.label_digest for mine, other in pairs):
+    both_labelled = [(mine, other) for mine, other in pairs if mine.label_digest and other.label_digest]
+    if differing := sum(mine.label_digest != other.label_digest for mine, other in both_labelled):
         what += f"; {differing} of them have other labels there"
     return [Finding(what, [" = ".join([*_names(first, [mine]), *_names(second, [other])]) for mine, other in pairs])]
 

@@ -17,6 +17,7 @@ from dsnet_jax.data.specs import IGNORE_LABEL
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import track
 
+ADVICE = "mend them, or leave them out with --skip-bad"
 LISTED = 10  # Problems shown in a message; if there are more, all of them go to a file.
 
 
@@ -134,6 +135,7 @@ def check_splits(
     problems_file: Path,
     skip_bad: bool = False,
     max_pixels: int = MAX_PIXELS,
+    advice: str = ADVICE,
 ) -> dict[str, CheckedSplit]:
     """Reads and decodes every pair, in threads, and tells all that is wrong at once.
 
@@ -145,6 +147,7 @@ def check_splits(
       problems_file: is written when there are more than `LISTED` problems, one on a line.
       skip_bad: leave out what has a problem instead of refusing all.
       max_pixels: larger images are refused before any pixel is decoded.
+      advice: what to do about problems.
 
     Returns:
       By split name. What was left out for `skip_bad` is in there.
@@ -166,9 +169,7 @@ def check_splits(
     problems = {split: checked.left_out for split, checked in splits.items()}
     if any(problems.values()) and not skip_bad:
         count, checked_count = sum(map(len, problems.values())), sum(map(len, results.values()))
-        message = (
-            f"problems: {count}, with {checked_count} images checked: mend them, or leave them out with --skip-bad"
-        )
+        message = f"problems: {count}, with {checked_count} images checked: {advice}"
         strange = _describe_strange_labels(itertools.chain(*results.values()), num_classes)
         raise InputError("\n".join([message, *list_problems(problems, problems_file, strange)]))
     if empty := [split for split, checked in splits.items() if not checked.pairs]:

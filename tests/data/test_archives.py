@@ -61,6 +61,41 @@ def opened(tmp_path):
         yield open_it
 
 
+def test_linked_folders_are_searched_as_others_are(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    for path in "elsewhere/deep/a.png", "images/b.png":
+        (tmp_path / path).touch()
+    for name in "berlin", "paris":  # The same folder twice is no loop.
+        (tmp_path / "images" / name).symlink_to(tmp_path / "elsewhere")
+    paths = FolderSource(tmp_path).files(f"{tmp_path}/images")
+    assert paths == [f"{tmp_path}/images/{path}" for path in ("b.png", "berlin/deep/a.png", "paris/deep/a.png")]
+
+
+@pytest.mark.parametrize("target", ["images/train", "images", "other"])
+def test_links_in_a_circle_are_refused(tmp_path, target):
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "images" / "train")
+    (tmp_path / "images" / "train" / "link").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match=r"images/train/link\S*: a link leads here again and again: remove it"):
+        FolderSource(tmp_path).files(f"{tmp_path}/images/train")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "images" / "berlin").mkdir(parents=True)
+    listdir = os.listdir
+
+    def refuse(path):
+        if path.endswith("berlin"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(InputError, match="images/berlin: cannot be read: Permission denied"):
+        FolderSource(tmp_path).files(f"{tmp_path}/images")
+
+
 def refusal(opened, data):
     """The message with which an archive is refused; it is one line and names the archive."""
     with pytest.raises(InputError) as error:

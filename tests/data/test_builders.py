@@ -1,9 +1,11 @@
 import json
 import pickle
 import shutil
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import grain
 import numpy as np
 import pytest
@@ -176,6 +178,32 @@ def test_records_keep_the_order_of_their_names_over_several_files(tmp_path, monk
     assert len(list(tmp_path.glob("shapes/*/shapes-train.array_record-*"))) == 3
     assert [record.id for record in open_split(str(tmp_path), "shapes", "train")] == [f"{i:05}" for i in range(7)]
     assert [record.id for record in open_split(str(tmp_path), "shapes", "val")] == ["00007", "00008"]
+
+
+def test_memory_does_not_grow_with_the_split(tmp_path, monkeypatch):
+    """TFDS's other kind of builder gathers each split, and takes TensorFlow for those above a gigabyte."""
+    monkeypatch.setattr(builders, "SHAPES_SPLITS", {"train": range(80)})
+    monkeypatch.setattr(builders, "RECORDS_PER_FILE", 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    noise = cv2.imencode(".png", pixels)[1].tobytes()
+    builder = Shapes(None, tmp_path, tmp_path / "problems.txt")
+    builder._draw = lambda _: (bytes(bytearray(noise)), np.zeros((300, 300), np.uint8))  # New bytes for every record.
+    assert len(builder.checked_splits["train"].pairs) * len(noise) > 20_000_000
+    tracemalloc.start()
+    try:
+        builder.download_and_prepare()
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("damage", ["dataset_info.json", "metadata.json", "features.json"])
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])])
+def test_a_damaged_description_is_an_error_that_names_the_data_set(source, tmp_path, damage, spoil):
+    prepared(source, tmp_path)
+    spoil(tmp_path / "town" / "1.0.0" / damage)
+    with pytest.raises(InputError, match=r"town/1\.0\.0: damaged |'town' is not prepared"):
+        open_split(str(tmp_path), "town", "train")
 
 
 def test_shapes_are_the_drawn_scenes(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dsnet_jax import cli
+from dsnet_jax.data import builders
 from dsnet_jax.data.pipeline import Example
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.records import open_split
@@ -113,6 +114,18 @@ def test_one_split_can_be_looked_at_alone(streets, tmp_path):
     assert list(report["splits"]) == ["val"]
     assert not any("share" in finding["what"] for finding in report["suspicious"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inspection.json", "val.png"]
+
+
+def test_composed_splits_are_told_and_not_looked_at_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(builders, "SHAPES_SPLITS", {"train": range(3), "val": range(3, 5)})
+    monkeypatch.setattr(builders, "SHAPES_SIZE_HW", (16, 24))
+    monkeypatch.setattr(builders.Shapes, "composed", {"trainval": ("train", "val")})
+    prepare("shapes", None, str(tmp_path))
+    command = ["inspect", "data", "--name=shapes", f"--root={tmp_path}"]
+    for flags, told in ([], True), (["--split=trainval"], False):
+        capsys.readouterr()
+        assert cli.main([*command, *flags]) == 0
+        assert ("\ntrainval: 5 images, those of train and val\n" in capsys.readouterr().out) == told
 
 
 def test_the_sheet_shows_labels_over_images_and_the_classes_that_occur(streets, tmp_path):

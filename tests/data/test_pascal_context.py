@@ -210,7 +210,23 @@ def no_phase(annotations):
 
 
 def huge(annotations):
-    annotations["images"][0].update(height=10**6, width=10**6)
+    annotations["images"][0].update(height=65_536, width=65_536)
+
+
+def no_end(annotations):
+    annotations["images"][0]["height"] = float("inf")
+
+
+def negative(annotations):
+    annotations["images"][0].update(height=-11, width=-9)
+
+
+def too_long(annotations):
+    annotations["images"][0].update(height=65_537)
+
+
+def broken_runs(annotations):
+    annotations["annos_segmentation"][0]["segmentation"]["counts"] = [10**30]
 
 
 REFUSED = {
@@ -223,7 +239,11 @@ REFUSED = {
     all_of_another_size: "the mask has 12 x 9 pixels .*, the image 11 x 9",
     damaged_runs: "image 2008_000002: category 440: its runs do not make 11 x 9 pixels",
     no_phase: r"not PASCAL in Detail's annotations \('phase'\)",
-    huge: "1000000 x 1000000 pixels are more than the limit",
+    no_end: r"image '2008_000002.jpg' has height and width \(inf, 9\)",
+    negative: r"image '2008_000002.jpg' has height and width \(-11, -9\)",
+    too_long: r"image '2008_000002.jpg' has height and width \(65537, 9\)",
+    broken_runs: "image 2008_000002: category 440: its runs do not make 11 x 9 pixels",
+    huge: "65536 x 65536 pixels are more than the limit",
 }
 
 

@@ -15,7 +15,7 @@ from dsnet_jax.cli import main
 from dsnet_jax.data import builders
 from dsnet_jax.data.decoding import decode_mask
 from dsnet_jax.data.prepare import DATASETS, prepare
-from dsnet_jax.data.records import open_split
+from dsnet_jax.data.records import PUBLISHED, open_split
 from dsnet_jax.errors import InputError
 
 PACKAGE_FOLDER = Path(__file__).parents[2]
@@ -78,7 +78,19 @@ def test_a_folder_is_prepared_under_its_name_and_its_contents_are_told(source, r
 def test_the_command_knows_every_data_set(capsys):
     assert main(["prepare", "nothing"]) == 2
     error = capsys.readouterr().err
-    assert [name for name in DATASETS if f"'{name}'" not in error] == []
+    assert re.findall(r"'(\w+)'", error.split("choose from")[1]) == list(DATASETS)
+
+
+def test_a_data_set_that_is_not_prepared_is_told_how_by_its_own_name():
+    assert {*PUBLISHED} == {*DATASETS} - {"shapes", "folder"}
+
+
+def test_a_class_may_be_called_as_what_is_ignored(source, root, capsys):
+    (source / "classes.txt").write_text("road\nignored\ntram\n")
+    prepare_town(source, root)
+    rows = re.findall(r"^  (\w+) +(none|\d\S+%) ", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in rows] == ["road", "ignored", "tram", "ignored"]
+    assert rows[1][1] != "none" and rows[3][1] == "none"
 
 
 def test_shapes_need_no_source(root, monkeypatch):
@@ -240,6 +252,10 @@ def read_and_count(builder, pair):
     return die() if len(count) == 9 else read_image(builder, pair)  # Six were read for checking.
 builders.SegmentationBuilder.read_image = read_and_count
 """
+KILL_BEFORE_IT_IS_REPLACED = """
+rename = pathlib.Path.rename
+pathlib.Path.rename = lambda path, target: die() if path.parent.name == ".town.incomplete" else rename(path, target)
+"""
 KILL_BEFORE_IT_APPEARS = """
 rename = pathlib.Path.rename
 pathlib.Path.rename = lambda path, target: die() if path.name == "town" else rename(path, target)
@@ -273,6 +289,52 @@ def test_a_killed_overwrite_leaves_the_old_data_set(source, root):
     assert contents(root / "town") == before
     prepare_town(source, root, overwrite=True)
     assert contents(root / "town") != before
+
+
+def test_a_data_set_that_was_to_be_replaced_when_the_run_was_killed_is_put_back(source, root):
+    prepare_town(source, root)
+    before = contents(root / "town")
+    another_mask(source)
+    run_and_be_killed(source, root, KILL_BEFORE_IT_IS_REPLACED, overwrite=True)
+    assert not (root / "town").exists()
+    with pytest.raises(InputError, match="exists and differs: images or masks of val have changed"):
+        prepare_town(source, root)
+    assert contents(root / "town") == before
+    assert sorted(path.name for path in root.iterdir()) == ["town"]
+
+
+def test_a_data_set_that_cannot_be_replaced_stays(source, root, monkeypatch):
+    prepare_town(source, root)
+    before = contents(root / "town")
+    another_mask(source)
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "town" and target == root / "town":
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(InputError, match=r"cannot be written, with .*: the disk is gone"):
+        prepare_town(source, root, overwrite=True)
+    assert contents(root / "town") == before
+    assert sorted(path.name for path in root.iterdir()) == ["town"]
+
+
+def test_a_data_set_may_be_called_replaced(source, root):
+    for split in "train", "val":
+        prepare("folder", str(source), str(root), name="replaced", overwrite=True)
+        assert len(open_split(str(root), "replaced", split)) > 0
+
+
+def test_a_damaged_data_set_is_told_and_written_anew_on_demand(source, root):
+    prepare_town(source, root)
+    before = contents(root)
+    (root / "town" / "1.0.0" / "metadata.json").unlink()
+    with pytest.raises(InputError, match=r"town/1\.0\.0: damaged .*: prepare it anew with --overwrite"):
+        prepare_town(source, root)
+    prepare_town(source, root, overwrite=True)
+    assert contents(root).keys() == before.keys()
 
 
 def test_a_full_disk_is_an_error_with_path_and_space(source, root):

@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 
+from dsnet_jax.data import published as published_module
 from dsnet_jax.data.archives import MAX_NAME_LENGTH
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.published import Piece, PublishedSource
@@ -143,6 +144,16 @@ def test_what_archives_hold_beside_files_is_passed_over_and_told(tmp_path, open_
     assert source.passed_over == [f"{tmp_path}/photos.tar/Kit/link: a link to '/etc/passwd'"]
 
 
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path, open_paths, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "notes.json").write_text("{}")
+    monkeypatch.setattr(published_module, "open", refuse, raising=False)
+    with pytest.raises(InputError, match=r"notes\.json: cannot be read: Permission denied"):
+        open_paths(tmp_path).find(Piece("notes", ("notes.json",), {"notes.json": "sha1:0"}, is_archive=False))
+
+
 def test_an_archive_that_is_refused_is_refused_here_too(tmp_path, open_paths):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("x" * (MAX_NAME_LENGTH + 1), "")
@@ -155,3 +166,10 @@ def test_what_is_published_in_one_piece_takes_one_source(tmp_path):
         prepare("camvid", [str(tmp_path), str(tmp_path)], str(tmp_path / "root"))
     with pytest.raises(InputError, match="camvid takes no --accept-repacked: no checksum of it is known"):
         prepare("camvid", str(tmp_path), str(tmp_path / "root"), accept_repacked=True)
+
+
+@pytest.mark.parametrize("name", ["voc2012", "ade20k", "pascal_context", "pascal_context_60"])
+def test_no_image_of_published_data_can_be_left_out(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name} takes no --skip-bad: .*: download it again") as error:
+        prepare(name, str(tmp_path), str(tmp_path / "root"), skip_bad=True)
+    assert error.value.exit_code == 2 and not (tmp_path / "root").exists()

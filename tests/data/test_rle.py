@@ -60,6 +60,10 @@ def test_runs_as_long_as_the_largest_images_have():
         ([3, 2], "its runs do not make 2 x 3 pixels"),
         ([3, 4], "its runs do not make 2 x 3 pixels"),
         ([8, -2], "its runs do not make 2 x 3 pixels"),
+        ([10**30], "its runs do not make 2 x 3 pixels"),
+        ([3.5, 2.5], "its runs do not make 2 x 3 pixels"),
+        ([2**62] * 4 + [6], "its runs do not make 2 x 3 pixels"),  # Their sum is 6, for int64.
+        ({"a": 6}, "its runs do not make 2 x 3 pixels"),
         ([[6]], "its runs do not make 2 x 3 pixels"),
         ("", "its runs do not make 2 x 3 pixels"),
         ("o" * 9 + "0", "a run is too long"),

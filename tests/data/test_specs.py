@@ -103,6 +103,11 @@ def test_a_class_list_has_one_name_a_line():
     assert classes.labels_of_colours is None
 
 
+def test_a_class_may_have_a_name_that_begins_like_ignore():
+    classes = parse("ignored\nignore\nignore this one")
+    assert classes.spec.class_names == ("ignored", "ignore", "ignore this one") and classes.ignore_values == ()
+
+
 def test_a_class_list_may_declare_colours_and_what_to_ignore():
     text = "road #804080\ntraffic light #FAAA1E\nignore #000000\nignore 200\nignore 254"
     classes = parse(text)
@@ -130,6 +135,14 @@ def test_a_class_list_in_json_says_the_same():
         ("road #804080\nignore #804080", "#804080 is given twice"),
         ("road\ncar\nignore 1", "cannot ignore value 1: it has to be 2 to 255"),
         ("road\nignore 256", "cannot ignore value 256"),
+        ("road\nignore #804080", "ignores colour #804080, but no class has a colour"),
+        ("# my classes\nroad", "'# my classes' is no name of a class"),
+        ("ignore 254 253\nroad", "'ignore 254 253' is no name of a class: write `ignore 254`, one a line"),
+        ("ignore 254,255\nroad", "no name of a class"),
+        ("ignore 254  # void\nroad", "no name of a class"),
+        ("ignore: 254\nroad", "no name of a class"),
+        ("Ignore 254\nroad", "no name of a class"),
+        ("Ignore #e0e0c0\nroad #804080", "no name of a class"),
     ],
 )
 def test_a_class_list_that_contradicts_itself_is_refused_with_its_name(text, message):
@@ -149,6 +162,7 @@ def test_a_class_list_that_contradicts_itself_is_refused_with_its_name(text, mes
         ('{"class_names": ["a"], "colours": []}', "not 'colours'"),
         ('{"class_names": ["a"], "palette": [1]}', "wants lists"),
         ('{"class_names": ["a"], "palette": [["red", 0, 0]]}', "is not a colour"),
+        ('{"class_names": ["a"], "palette": [[[1], 0, 0]]}', "is not a colour"),
         ('{"class_names": ["a"], "ignore": 7}', "wants lists"),
         ('{"class_names": ["a"], "ignore": [[1, 2, 3]]}', "neither a value nor a colour"),
         ('{"class_names": ["a"], "ignore": [2.5]}', "neither a value nor a colour"),

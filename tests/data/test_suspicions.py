@@ -82,6 +82,12 @@ def test_images_that_two_splits_share_are_told_with_both_names():
     assert told(train, val, look(seen("m"), name="test")) == [(what, ["train/a = val/l", "train/b = val/k"])]
 
 
+def test_labels_are_not_compared_with_none_of_an_image_without_labels():
+    unlabelled = Seen("k", (3, 4), None, None, None, b"x", 50.0)
+    what = "train and test share 1 images: a network trained on one must not be scored on the other"
+    assert told(look(seen("a", "x")), look(unlabelled, name="test")) == [(what, ["train/a = test/k"])]
+
+
 def test_a_class_whose_share_differs_much_is_told_and_a_rare_one_is_not():
     train = look(seen("a", counts=(6_000, 300, 4)))
     val = look(seen("b", counts=(6_000, 900, 1)), name="val")

@@ -140,6 +140,8 @@ def test_the_published_numbers_of_images(monkeypatch):
     assert voc2012.SBD_COUNTS == {"train": 8498, "val": 2857}
     assert sum(voc2012.SBD_COUNTS.values()) == 11_355
     assert voc2012.TRAINVAL.files == {"VOCtrainval_11-May-2012.tar": "sha1:4e443f8a2eca6b1dac8a6c57641b67dd40621a49"}
+    test_checksum = "sha256:f08582b1935816c5eab3bbb1eb6d06201a789eaa173cdf1cf400c26f0cac2fb3"
+    assert voc2012.TEST.files == {"VOC2012test.tar": test_checksum}  # TFDS's url_checksums/voc.txt.
     assert voc2012.SBD.files == {"benchmark.tgz": "sha1:7129e0a480c2d6afb02b517bb18ac54283bfaa35"}
 
 
@@ -273,6 +275,13 @@ def test_archives_as_they_were_downloaded_give_the_records_of_the_unpacked_folde
             ),
             "its palette is not VOC's, so its indices are no classes",
             id="an adaptive palette",
+        ),
+        pytest.param(
+            lambda voc, sbd: save_palette(
+                voc / "SegmentationClass" / f"{TRAIN[0]}.png", labels_of(TRAIN[0]), VOC_PALETTE[:20]
+            ),
+            "its palette is not VOC's, so its indices are no classes",
+            id="a palette that is cut short",
         ),
         pytest.param(
             lambda voc, sbd: (sbd / "cls" / f"{EXTRA[0]}.mat").write_bytes(mat_of(labels_of(EXTRA[0]))),

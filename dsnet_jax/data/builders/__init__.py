@@ -22,7 +22,15 @@ from dsnet_jax.data.published import Piece, PublishedSource
 from dsnet_jax.data.records import VERSION
 from dsnet_jax.data.shapes import draw_scene
 from dsnet_jax.data.specs import CAMVID, IGNORE_LABEL, SHAPES, DatasetSpec, parse_class_list
-from dsnet_jax.data.validation import CheckedSplit, FoundSplit, Pair, check_splits, content_digest, find_pairs
+from dsnet_jax.data.validation import (
+    ADVICE,
+    CheckedSplit,
+    FoundSplit,
+    Pair,
+    check_splits,
+    content_digest,
+    find_pairs,
+)
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import track
 
@@ -37,8 +45,8 @@ SHAPES_SPLITS = {"train": range(400), "val": range(400, 500)}  # Numbers of scen
 class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Checks the pairs of images and masks of a source and writes them as records.
 
-    Records are written as they come, in the order of the pairs. (TFDS's GeneratorBasedBuilder would gather each split
-    in memory, and call TensorFlow when it is larger than 1000 MiB.)
+    Records are written in the order of the pairs, and memory holds those of one file. (TFDS's GeneratorBasedBuilder
+    would gather each split, and call TensorFlow when it is larger than 1000 MiB.)
 
     Args:
       source: what holds the data; None where they are drawn.
@@ -49,6 +57,7 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     Attributes:
       spec: classes and colours.
+      advice: what to do about files that have problems.
       composed: splits that are others one after the other, whose records are stored once; those with all their parts.
       notes: what is to be told about the source, once its splits have been found.
       label_of_value: label of every value that a mask file may hold, uint8 [256].
@@ -57,6 +66,7 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version(VERSION)
     spec: DatasetSpec
+    advice = ADVICE
     composed: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     label_of_value = np.arange(256, dtype=np.uint8)
     labels_of_colours = None
@@ -100,6 +110,7 @@ class SegmentationBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             self.problems_file,
             self.skip_bad,
             self.max_pixels,
+            self.advice,
         )
 
     @property
@@ -154,6 +165,7 @@ class PublishedBuilder(SegmentationBuilder, skip_registration=True):
     """
 
     source: PublishedSource
+    advice = "download what is named again"
     counts: ClassVar[Mapping[str, int]]
 
     def find_published(self) -> dict[str, FoundSplit]:
@@ -165,8 +177,9 @@ class PublishedBuilder(SegmentationBuilder, skip_registration=True):
         splits = self.find_published()
         split_of_id: dict[str, str] = {}
         for split, found in splits.items():
-            count, wanted = len(found.pairs) + len(found.problems), self.counts.get(split)
-            if wanted is not None and count != wanted:
+            count, wanted = len(found.pairs), self.counts.get(split)
+            # A file without its partner is a problem that will be told by its name, which says more than the count.
+            if wanted is not None and count != wanted and not found.problems:
                 raise InputError(
                     f"{self.name}: {split} has {count} images here, and {wanted} as it was published: download it "
                     "again; images of your own choice are a `folder` data set"

@@ -1,5 +1,6 @@
 """ADE20K as it is scored everywhere: SceneParse150, the scene parsing challenge of 2016."""
 
+import functools
 import re
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from dsnet_jax.data.builders import PublishedBuilder
 from dsnet_jax.data.decoding import decode_mask
 from dsnet_jax.data.published import Piece
 from dsnet_jax.data.specs import ADE20K, IGNORE_LABEL
-from dsnet_jax.data.validation import FoundSplit, Pair, find_pairs
+from dsnet_jax.data.validation import CheckedSplit, FoundSplit, Pair, find_pairs
 from dsnet_jax.errors import InputError
 
 TRAINVAL = Piece(
@@ -25,6 +26,7 @@ TEST = Piece(
 INSTANCES = Piece("instances of the Places challenge", ("annotations_instance",), {"annotations_instance.tar": None})
 
 _FOLDERS = {"train": "training", "val": "validation"}
+_LARGEST_VALUE = ADE20K.num_classes  # Of a mask as it was published: 0 is unlabelled.
 
 
 class Ade20k(PublishedBuilder, skip_registration=True):
@@ -51,6 +53,21 @@ class Ade20k(PublishedBuilder, skip_registration=True):
         }
         if test := self.find_optional(TEST, "no test images, so there is no test"):
             splits["test"] = find_pairs(self.source, f"{test}/testing", None)
+        for split, found in splits.items():  # Other data sets have a folder `testing` too.
+            name = re.compile(rf"ADE_{split}_\d{{8}}")
+            if strange := [pair.image for pair in found.pairs if not name.fullmatch(pair.id)]:
+                known = f"no image of SceneParse150's {split}, such as ADE_{split}_00000001"
+                raise InputError(f"{strange[0]}: {known}: give a --source without it")
+        return splits
+
+    @functools.cached_property
+    def checked_splits(self) -> dict[str, CheckedSplit]:
+        """As `SegmentationBuilder` has them; masks that look right one by one, and not together, are an InputError."""
+        splits = super().checked_splits
+        for split in _FOLDERS:
+            if not splits[split].label_pixels[self.label_of_value[_LARGEST_VALUE]]:
+                wrong = f"no mask of {split} has the value {_LARGEST_VALUE}, and as they were published some have"
+                raise InputError(f"{self.name}: {wrong}: somebody has converted them: take them as published")
         return splits
 
     def read_labels(self, pair: Pair) -> np.ndarray | None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from dsnet_jax.data.builders import PublishedBuilder
+from dsnet_jax.data.decoding import MAX_SIDE
 from dsnet_jax.data.json_arrays import read_arrays
 from dsnet_jax.data.published import Piece
 from dsnet_jax.data.rle import decode_rle
@@ -124,7 +125,9 @@ def read_annotations(path: str) -> dict[str, dict[str, Annotated]]:
                 name, image_id = element["file_name"], element["image_id"]
                 if not (match := _FILE_NAME.fullmatch(name)) or any(match[1] in split for split in splits.values()):
                     raise ValueError(f"image {name!r:.50} is no image of VOC, or occurs twice")
-                size_hw = int(element["height"]), int(element["width"])
+                size_hw = element["height"], element["width"]
+                if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in size_hw):
+                    raise ValueError(f"image {name!r} has height and width {size_hw!r:.50}")
                 splits[element["phase"]][match[1]] = Annotated(size_hw, segments[image_id])
                 known_image = image_id if match[1] == KNOWN_IMAGE else known_image
             elif key == "annos_segmentation":

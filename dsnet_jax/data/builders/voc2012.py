@@ -19,6 +19,7 @@ TRAINVAL = Piece(
     ("VOC2012/ImageSets/Segmentation/train.txt",),
     {"VOCtrainval_11-May-2012.tar": "sha1:4e443f8a2eca6b1dac8a6c57641b67dd40621a49"},
 )
+# The server gives the test set after registration alone; TFDS has its checksum (url_checksums/voc.txt).
 TEST = Piece(
     "PASCAL VOC 2012, test",
     ("VOC2012/ImageSets/Segmentation/test.txt",),
