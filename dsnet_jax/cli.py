@@ -16,6 +16,11 @@ from dsnet_jax import cli_export, cli_inspect
 from dsnet_jax.errors import InputError
 from dsnet_jax.stopping import Stopped, raising
 
+# What helps the commands that label images where memory does not suffice.
+FEWER_IMAGES = "fewer images at a time (a smaller --config.evaluation.batch_size)"
+SMALLER_IMAGES = "smaller images (a smaller --max-pixels refuses the others)"
+WINDOWS = "--protocol=slide, which sees an image in windows (--config.evaluation.slide_crop_hw)"
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and names the nearest known command."""
@@ -60,8 +65,12 @@ def _run(arguments: list[str]) -> int:
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
         raise InputError(f"unknown command {arguments[0]!r}: {hint}", exit_code=2)
     options, rest = _parser().parse_known_args(arguments)
-    if rest and not options.takes_config:
-        raise InputError(f"unknown argument {rest[0]!r} (see dsnet {options.command} --help)", exit_code=2)
+    ours = f"--config.{options.takes_config}." if isinstance(options.takes_config, str) else ""  # Only this section.
+    if wrong := [flag for flag in rest if not (options.takes_config and flag.startswith(ours))]:
+        why = f"see dsnet {options.command} --help"
+        if ours and wrong[0].startswith("--config"):
+            why = f"the run's own config holds, but for {ours}FIELD=VALUE"
+        raise InputError(f"unknown argument {wrong[0]!r} ({why})", exit_code=2)
     options.config_flags = rest
     _mark_absl_flags_parsed()
     return COMMANDS[options.command](options) or 0
@@ -113,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         "Score a trained network on a split: results.json, a table, the confusion matrix and pictures.",
         "dsnet evaluate --workdir=runs/camvid --split=val",
+        takes_config="evaluation",
     )
     _add_checkpoint_flags(evaluate)
     evaluate.add_argument("--split", help="split of the data set (default: config.data.eval_split)")
@@ -125,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "Label images: an index PNG in the data set's palette and a coloured overlay for each; or a whole split, for\n"
         "the server of its benchmark: --split=test --submission=FILE.tgz.",
         "dsnet predict --workdir=runs/camvid --output=predictions street.jpg more_images/",
+        takes_config="evaluation",
     )
     _add_checkpoint_flags(predict)
     predict.add_argument("--output", help="folder for the predictions of the images given")
@@ -133,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--root", help="where prepared data sets lie (default: config.data.root)")
     _add_protocol_flag(predict)
     predict.add_argument(
-        "--max-pixels", type=int, help="refuse images that need a larger canvas (default: 4096 x 3072)"
+        "--max-pixels", type=int, help="refuse larger canvases, as --protocol enlarges them (default: 4096 x 3072)"
     )
     predict.add_argument("inputs", nargs="*", help="images, and folders of images")
 
@@ -157,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     port = add(
         "port",
         "Take over weights of others: a ResNet's, for config.init_from; or torchvision's FCN or DeepLabv3 with its 21\n"
-        "classes, for every command. docs/porting.md has every way in.",
+        "classes, to evaluate, predict and export. docs/porting.md has every way in.",
         "dsnet port resnet50-0676ba61.pth --workdir=weights/resnet50",
     )
     port.add_argument("file", help=".safetensors, or .pth (needs the extra `port`: PyTorch)")
@@ -179,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_command(
-    commands: argparse._SubParsersAction, name: str, summary: str, example: str, takes_config: bool = False
+    commands: argparse._SubParsersAction, name: str, summary: str, example: str, takes_config: bool | str = False
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
     command.set_defaults(takes_config=takes_config)
@@ -198,7 +209,7 @@ def _add_protocol_flag(parser: argparse.ArgumentParser) -> None:
         default="ss",
         choices=("ss", "flip", "ms_flip", "slide"),
         help="what the network sees: the image, its mirror image too, both at several scales, or windows of "
-        "it (default: %(default)s; scales and windows are fields of config.evaluation)",
+        "it (default: %(default)s; scales and windows are fields: --config.evaluation.scales=0.5,1.0)",
     )
 
 
@@ -271,25 +282,30 @@ def _together(options: argparse.Namespace) -> Iterator[None]:
 def _evaluate(options: argparse.Namespace) -> None:
     from dsnet_jax import parallel
     from dsnet_jax.evaluation.evaluate import evaluate_run
+    from dsnet_jax.training.memory import out_of_memory_explained
 
     parallel.configure()
-    with _together(options):
-        evaluate_run(options.workdir, options.step, options.split, options.root, options.protocol)
+    with _together(options), out_of_memory_explained([FEWER_IMAGES, WINDOWS]):
+        evaluate_run(options.workdir, options.step, options.split, options.root, options.protocol, options.config_flags)
 
 
 def _predict(options: argparse.Namespace) -> int:
     if options.submission or options.split:
         return _predict_submission(options)
+    if spaced := [given for given in options.inputs if given.startswith("--config")]:
+        raise InputError(f"{spaced[0]!r}: leave out the spaces", exit_code=2)
     if not options.inputs or not options.output or options.root:
         raise InputError("predict wants images and --output, or --split and --submission (and --root)", exit_code=2)
     from dsnet_jax import parallel
     from dsnet_jax.evaluation.predict import predict_files
+    from dsnet_jax.training.memory import out_of_memory_explained
 
     parallel.configure()
-    flags = {"protocol": options.protocol}
+    flags = {"protocol": options.protocol, "config_flags": options.config_flags}
     if options.max_pixels is not None:
         flags["max_pixels"] = options.max_pixels
-    return 1 if predict_files(options.workdir, options.step, options.inputs, options.output, **flags) else 0
+    with out_of_memory_explained([SMALLER_IMAGES, WINDOWS]):
+        return 1 if predict_files(options.workdir, options.step, options.inputs, options.output, **flags) else 0
 
 
 def _predict_submission(options: argparse.Namespace) -> int:
@@ -298,9 +314,12 @@ def _predict_submission(options: argparse.Namespace) -> int:
         raise InputError("--split and --submission go together, without images, --output or --max-pixels", exit_code=2)
     from dsnet_jax import parallel
     from dsnet_jax.evaluation.submit import predict_submission
+    from dsnet_jax.training.memory import out_of_memory_explained
 
     parallel.configure()
-    predict_submission(options.workdir, options.step, options.split, options.submission, options.root, options.protocol)
+    where = options.workdir, options.step, options.split, options.submission, options.root
+    with out_of_memory_explained([FEWER_IMAGES, WINDOWS]):
+        predict_submission(*where, options.protocol, options.config_flags)
     return 0
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from dsnet_jax import parallel
 from dsnet_jax.config import default_config
 from dsnet_jax.data.pipeline import Example
+from dsnet_jax.data.records import spread_evenly
 from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.evaluation.canvases import Batch, batches, choose_canvases
 from dsnet_jax.evaluation.inference import Segmenter, segment
@@ -36,11 +37,15 @@ def main() -> None:
     parser.add_argument("protocol", choices=NAMES)
     parser.add_argument("--sizes", type=int, default=50, help="images, each of another size")
     parser.add_argument("--check", type=int, default=10, help="of these, whose probabilities are compared")
-    parser.add_argument("--sides", type=int, nargs=2, default=(160, 416), help="shortest and longest side")
+    parser.add_argument("--sides", type=int, nargs=2, default=(160, 415), help="shortest and longest side")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--classes", type=int, default=21)
     options = parser.parse_args()
+    if options.sizes > (options.sides[1] - options.sides[0] + 1) ** 2:
+        parser.error(
+            f"there are no {options.sizes} sizes with sides of {options.sides[0]} to {options.sides[1]} pixels"
+        )
 
     parallel.configure()
     config = default_config()
@@ -52,7 +57,9 @@ def main() -> None:
     print_padding(made, protocol)
     sides = compile_all(model, variables, made, protocol)
     print_times(*time_all(sides))
-    print_differences(model, variables, made[:: -(-len(made) // max(1, options.check))], protocol)
+    if options.check:
+        checked = [made[position] for position in spread_evenly(options.check, len(made))]
+        print_differences(model, variables, checked, protocol)
 
 
 def random_variables(model: nn.Module) -> dict:
@@ -74,7 +81,7 @@ def make_batches(sizes: int, sides: tuple[int, int], protocol: Protocol) -> list
     rng = np.random.default_rng(0)
     chosen = set()
     while len(chosen) < sizes:
-        chosen.add(tuple(rng.integers(sides[0], sides[1], 2).tolist()))
+        chosen.add(tuple(rng.integers(sides[0], sides[1] + 1, 2).tolist()))
     canvases = choose_canvases(np.array(sorted(chosen)), 1.0, protocol, 1)
     examples = [
         # Blocks of colour, as photographs have them, and noise.

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -155,6 +156,28 @@ def test_a_command_line_that_cannot_be_used_is_one_line_and_code_2(arguments, me
 def test_predict_wants_either_images_or_a_split(flags, message, capsys):
     assert cli.main(["predict", "--workdir=nowhere", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "function, arguments, advice",
+    [
+        ("evaluate.evaluate_run", ["evaluate"], cli.FEWER_IMAGES),
+        ("predict.predict_files", ["predict", "--output=y", "a.png"], cli.SMALLER_IMAGES),
+        ("submit.predict_submission", ["predict", "--split=test", "--submission=s.tgz"], cli.FEWER_IMAGES),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line_with_the_flags_that_help(
+    function, arguments, advice, monkeypatch, capsys
+):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.43GiB.")
+
+    monkeypatch.setattr(f"dsnet_jax.evaluation.{function}", exhausted)
+    monkeypatch.setattr("dsnet_jax.parallel.configure", lambda: None)
+    assert cli.main([*arguments, "--workdir=x"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dsnet: out of memory: Out of memory while trying to allocate 12.43GiB: what helps is ")
+    assert advice in error and error.count("\n") == 1
 
 
 def test_an_input_error_is_one_line_on_stderr_with_its_code(monkeypatch, capsys):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WAITING_PIXELS = 2**28  # Of images and labels that wait for others of their canvas: at 3 bytes a pixel 0.8 GB.
 PADDED_SHARE = 1.2  # Pixels computed over pixels of the images up to which `choose_canvases` makes one canvas of two.
+LARGEST = 1.5  # Pixels of a canvas over those of the largest that an image has of its own, likewise.
 
 CanvasPair = tuple[tuple[int, int], tuple[int, int]]  # Height and width of the image's and of the label's.
 
@@ -64,7 +65,8 @@ def choose_canvases(
 
     Begins with each size's own canvas, and makes one of the two that add the fewest pixels, again and again, as long as
     all passes over all batches, the last of a canvas padded to its size, do not compute more than `PADDED_SHARE` of the
-    images' pixels; and beyond, where fewer batches make up for larger canvases.
+    images' pixels; and beyond, where fewer batches make up for larger canvases. But no canvas becomes larger than
+    `LARGEST` allows: a few images, some high and some wide, would else make a batch that does not fit into memory.
 
     Args:
       sizes_hw: heights and widths of the labels, [N, 2].
@@ -84,16 +86,18 @@ def choose_canvases(
         return protocol.pixels(canvas, CANVAS_MULTIPLE) * (-(-count // batch_size) * batch_size)
 
     def added(group: int) -> np.ndarray:
-        """By making one canvas of this group's and of each other's, float64 [groups]."""
-        both = cost(np.maximum(canvases, canvases[group]), counts + counts[group]) - costs - costs[group]
-        return np.where((counts == 0) | (np.arange(len(counts)) == group), np.inf, both)
+        """By making one canvas of this group's and of each other's, float64 [groups]; infinite where there is none."""
+        common = np.maximum(canvases, canvases[group])
+        none = (counts == 0) | (np.arange(len(counts)) == group) | (common.prod(axis=1) > most)
+        return np.where(none, np.inf, cost(common, counts + counts[group]) - costs - costs[group])
 
+    most = LARGEST * canvases.prod(axis=1).max()
     costs = cost(canvases, counts)
     limit = PADDED_SHARE * (protocol.pixels(image_sizes) * images).sum()
     pairs = np.stack([added(group) for group in range(len(canvases))])
     while True:
         group, other = np.unravel_index(pairs.argmin(), pairs.shape)
-        if not pairs[group, other] <= max(0, limit - costs.sum()):  # Infinite, when one group is left.
+        if not pairs[group, other] <= max(0, limit - costs.sum()):  # Infinite, when none are left.
             break
         canvases[group] = np.maximum(canvases[group], canvases[other])
         counts[group], counts[other] = counts[group] + counts[other], 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +16,11 @@ from dsnet_jax import parallel, processes
 from dsnet_jax.data.drawing import write_picture
 from dsnet_jax.data.pipeline import Example, evaluation_examples
 from dsnet_jax.data.records import Split, spread_evenly
+from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.boundary import boundary_counts
+from dsnet_jax.evaluation.folders import check_writable, picture_names, writing_into
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained, open_split_of
@@ -37,7 +40,7 @@ class Evaluation:
       padding_images: how many were computed only to fill batches.
       padded_share: pixels that the network saw over pixels that the bare images would have shown it, at least 1.
       programs: how many this process compiled, or had compiled before: one for each pair of canvases.
-      shown: examples spread evenly over the split, each with its predicted labels, uint8 [H, W].
+      shown: examples spread evenly over those of this process, each with its predicted labels, uint8 [H, W].
     """
 
     matrix: np.ndarray
@@ -60,7 +63,7 @@ def evaluate(
 ) -> Evaluation:
     """Predicts every image of a split and counts its labelled pixels in one confusion matrix.
 
-    Every process takes its share of the images; the counts are the same in all of them, and `shown` has each its own.
+    Every process takes its share of the images; the counts are the same in all of them, `shown` is each one's own.
 
     Args:
       model: a segmentation network.
@@ -77,9 +80,12 @@ def evaluate(
       Stopped: this process, or another, was told to stop. All processes raise it, soon.
       RuntimeError: the number of images scored is not the split's.
     """
+    if split[0].label is None:
+        raise InputError(f"split {split.name!r} of {split.spec.name} has no labels to score: choose another --split")
     index, count = jax.process_index(), jax.process_count()
     segmenter = Segmenter(model, variables, parallel.local_mesh(), protocol)
-    wanted = set(spread_evenly(show, len(split)))
+    own = range(index, len(split), count)
+    wanted = {own[position] for position in spread_evenly(show, len(own))}
     images, padding, computed, true = 0, 0, 0, 0
     programs = set()
     num_classes = split.spec.num_classes
@@ -87,14 +93,10 @@ def evaluate(
     shown = []
     examples = evaluation_examples(split, config.data.image_scale, index, count, config.data.read_threads)
     if processes.is_main_process():
-        examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(range(index, len(split), count)))
+        examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(own))
     told = 0
     sizes_hw, batch_size = split.sizes_hw[index::count], config.evaluation.batch_size
     for batch, labels, counts in segmenter.run_known(examples, sizes_hw, config.data.image_scale, batch_size):
-        if counts is None:
-            raise InputError(
-                f"split {split.name!r} of {split.spec.name} has no labels to score: choose another --split"
-            )
         matrix += np.asarray(counts, np.int64)
         pairs = ((example.label, part) for example, part in batch.cropped(labels))
         boundary += boundary_counts(pairs, num_classes, config.data.read_threads)
@@ -135,12 +137,13 @@ def evaluate_run(
     split: str | None = None,
     root: str | None = None,
     protocol: str = "ss",
+    config_flags: Sequence[str] = (),
 ) -> None:
     """Scores the network of a run, prints a table and writes `evaluation/<split>/` in its workdir.
 
     Other protocols than `ss` have folders of their own, `evaluation/<split>_<protocol>/`.
 
-    Written are results.json, table.md, confusion_matrix.csv and .png, and overlays/.
+    Written are results.json, table.md, confusion_matrix.csv and .png, and overlays/, which loses its old pictures.
 
     Args:
       workdir: of the run.
@@ -148,14 +151,20 @@ def evaluate_run(
       split: of the data set; None: `config.data.eval_split`.
       root: where prepared data sets lie; None: `config.data.root`.
       protocol: one of `protocols.NAMES`.
+      config_flags: see `load_trained`; results.json holds the config with them.
 
     Raises:
-      InputError: the run, its checkpoint or the split cannot be used, or there is no such protocol.
+      InputError: the run, its checkpoint or the split cannot be used, there is no such protocol, or the workdir cannot
+        be written.
     """
-    trained = load_trained(workdir, step)
+    trained = load_trained(workdir, step, config_flags)
     config = trained.config
     data = open_split_of(trained, workdir, split, root)
     seen = protocol_named(protocol, config)
+    folder = epath.Path(workdir) / "evaluation" / (data.name if protocol == "ss" else f"{data.name}_{protocol}")
+    otherwise = "make room or give yourself the right to write there"
+    if processes.is_main_process():
+        check_writable(folder, otherwise)
     found = evaluate(trained.model, trained.variables, data, config, config.evaluation.overlays, protocol=seen)
     if not processes.is_main_process():
         return
@@ -168,15 +177,25 @@ def evaluate_run(
         padding=found.padding_images,
         checkpoint_step=trained.step,
         config=config.to_dict(),
-        protocol=protocol,
+        protocol=seen,
     ) | {"padded_share": found.padded_share, "programs": found.programs}
-    folder = epath.Path(workdir) / "evaluation" / (data.name if protocol == "ss" else f"{data.name}_{protocol}")
-    reports.write_results(folder, results, found.matrix)
-    pictures.write_confusion_matrix(folder / "confusion_matrix.png", found.matrix, data.spec)
-    (folder / "overlays").mkdir(exist_ok=True)
-    for example, prediction in found.shown:
-        row = pictures.comparison(example.image, example.label, prediction, data.spec)
-        write_picture(folder / "overlays" / f"{example.id.replace('/', '_')}.png", row)
-    Console().print(reports.console_table(results))
+    Console().print(reports.console_table(results))  # Before anything is written: a full disk shall not hide it.
     print(f"pixels computed over pixels of the images: {found.padded_share:.3f}, on {found.programs} canvases")
-    print(f"written to {folder}: results.json, table.md, confusion_matrix.csv, confusion_matrix.png, overlays/")
+    with writing_into(folder, otherwise):
+        reports.write_results(folder, results, found.matrix)
+        pictures.write_confusion_matrix(folder / "confusion_matrix.png", found.matrix, data.spec)
+        _write_overlays(folder / "overlays", found.shown, data.spec)
+    print(
+        f"written to {folder}: results.json, table.md, confusion_matrix.csv, confusion_matrix.png, overlays/ "
+        f"({len(found.shown)} pictures)"
+    )
+
+
+def _write_overlays(folder: epath.Path, shown: list[tuple[Example, np.ndarray]], spec: DatasetSpec) -> None:
+    """In the place of those that an earlier evaluation left."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for name, (example, prediction) in zip(picture_names([example for example, _ in shown]), shown, strict=True):
+        row = pictures.comparison(example.image, example.label, prediction, spec)
+        write_picture(folder / f"{name}.png", row)

@@ -55,12 +55,13 @@ class Segmenter:
         static = {"protocol": self.protocol, "label_canvas_hw": batch.label_canvas_hw}
         return segment(self.model, self._variables, *arrays, **static)
 
-    def whole(self, batch_size: int) -> int:
-        """The batch size, rounded up (and said) to a multiple of the device count."""
+    def whole(self, batch_size: int, why: str = "") -> int:
+        """The batch size, rounded up (and said) to a multiple of the device count; `why` follows the one wanted."""
         devices = self.mesh.size
         whole = -(-batch_size // devices) * devices
         if whole != batch_size:
-            logging.warning("evaluating %d images at a time, not %d: there are %d devices", whole, batch_size, devices)
+            wanted = f"{batch_size}{why}"
+            logging.warning("evaluating %d images at a time, not %s: there are %d devices", whole, wanted, devices)
         return whole
 
     def run(
@@ -96,9 +97,11 @@ class Segmenter:
           examples: see `batches`.
           sizes_hw: heights and widths of their labels, [N, 2].
           image_scale: working resolution: of the images over the labels.
-          batch_size: images a batch, divided by how much the protocol enlarges an image.
+          batch_size: images a batch, divided by how much the protocol enlarges an image; see `whole` for the rest.
         """
-        batch_size = self.whole(max(1, int(batch_size / self.protocol.enlargement)))
+        times = self.protocol.enlargement
+        why = f" ({batch_size} at single scale: for {self.protocol.name} an image takes {times:g} times the memory)"
+        batch_size = self.whole(max(1, int(batch_size / times)), why if times > 1 else "")
         canvases = choose_canvases(sizes_hw, image_scale, self.protocol, batch_size)
         return self.run(examples, batch_size, lambda example: canvases[example.label_hw])
 

@@ -1,6 +1,7 @@
 """Labels images that are in no data set: `dsnet predict`."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.canvases import canvas_hw
+from dsnet_jax.evaluation.folders import check_writable, writing_into
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.passes import scaled_canvases
 from dsnet_jax.evaluation.pictures import write_labels
@@ -33,6 +35,7 @@ def predict_files(
     output: epath.PathLike,
     max_pixels: int = LABELLED_PIXELS,
     protocol: str = "ss",
+    config_flags: Sequence[str] = (),
 ) -> int:
     """Labels image files and writes two pictures for each: `<name>.png` and `<name>_overlay.png`.
 
@@ -48,23 +51,24 @@ def predict_files(
       max_pixels: of the largest canvas on which an image is computed, enlarged and mirrored as the protocol does it;
         what needs more is not decoded.
       protocol: one of `protocols.NAMES`.
+      config_flags: see `load_trained`.
 
     Returns:
       How many files could not be labelled.
 
     Raises:
       InputError: the run cannot be used, there is no image, two would be written to one place, or one over an image,
-        or there is no such protocol.
+        there is no such protocol, or `output` cannot be written.
     """
     files, others = _image_files(inputs)
     output = epath.Path(output)
     names = _output_names(files, output)
-    trained = load_trained(workdir, step)
+    otherwise = "give another --output"
+    check_writable(output, otherwise)
+    trained = load_trained(workdir, step, config_flags)
     seen = protocol_named(protocol, trained.config)
-    try:
+    with writing_into(output, otherwise):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{output} cannot be made ({error.strerror}): give another --output") from error
     failed, originals = [], {}
 
     def readable(files: Sequence[Path]) -> Iterator[Example]:
@@ -81,10 +85,11 @@ def predict_files(
     segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh(), seen)
     for batch, labels, _ in segmenter.run(readable(files), batch_size=1):
         for example, prediction in batch.cropped(labels):
-            file = files[example.index]
-            write_labels(output / f"{names[file]}.png", prediction, trained.spec.palette)
+            name = names[files[example.index]]
             picture = overlay(originals.pop(example.index), prediction, trained.spec)
-            write_picture(output / f"{names[file]}_overlay.png", picture)
+            with writing_into(output, otherwise):
+                write_labels(output / f"{name}.png", prediction, trained.spec.palette)
+                write_picture(output / f"{name}_overlay.png", picture)
     print(
         f"{len(files) - len(failed)} images labelled into {output}, {len(failed)} could not be read, "
         f"{others} files in the folders are not images"
@@ -129,8 +134,8 @@ def _output_names(files: Sequence[Path], output: epath.Path) -> dict[Path, str]:
       InputError: two files have the same name, in different folders; or a picture would replace one of the files.
     """
     given = {file.resolve() for file in files}
-    stems = [file.stem for file in files]
-    names = {file: file.stem if stems.count(file.stem) == 1 else file.name for file in files}
+    times = Counter(file.stem for file in files)
+    names = {file: file.stem if times[file.stem] == 1 else file.name for file in files}
     taken = {}
     for file, name in names.items():
         for written in (name, f"{name}_overlay"):

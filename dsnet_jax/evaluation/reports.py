@@ -19,6 +19,8 @@ from rich.text import Text
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.evaluation.boundary import boundary_iou
 from dsnet_jax.evaluation.metrics import benchmark_figures, mean_of_present, score
+from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
+from dsnet_jax.workdir import write_text
 
 SUMMARY = {
     "miou": "mIoU",
@@ -26,12 +28,6 @@ SUMMARY = {
     "mean_accuracy": "mean accuracy",
     "pixel_accuracy": "pixel accuracy",
     "frequency_weighted_iou": "frequency-weighted IoU",
-}
-PROTOCOLS = {
-    "ss": "each image once, whole, at its own scale",
-    "flip": "each image and its mirror image, whole, at its own scale",
-    "ms_flip": "each image and its mirror image, whole, at several scales",
-    "slide": "each image through windows, at its own scale",
 }
 HEADINGS = ("IoU %", "boundary IoU %", "accuracy %", "true pixels %")  # Of the columns beside the classes.
 
@@ -46,7 +42,7 @@ def summarise(
     padding: int,
     checkpoint_step: int,
     config: dict,
-    protocol: str = "ss",
+    protocol: Protocol = SINGLE_SCALE,
 ) -> dict:
     """Everything that an evaluation says, ready for JSON. Scores are fractions, 0 .. 1, and None where there is none.
 
@@ -58,8 +54,8 @@ def summarise(
       images: how many were scored.
       padding: how many images were computed to fill batches, and not counted.
       checkpoint_step: of the weights.
-      config: tells this experiment from others; kept as it is.
-      protocol: a key of `PROTOCOLS`.
+      config: tells this experiment from others; kept as it is. Of it, data.image_scale says how large images are seen.
+      protocol: what the network was given of an image.
 
     Raises:
       InputError: no valid pixel was scored.
@@ -70,7 +66,8 @@ def summarise(
     return {
         "dataset": spec.name,
         "split": split,
-        "protocol": protocol,
+        "protocol": protocol.name,
+        "seen": _seen(protocol, config["data"]["image_scale"]),
         "checkpoint_step": checkpoint_step,
         "images": images,
         "padding_images": padding,
@@ -95,6 +92,17 @@ def summarise(
     }
 
 
+def _seen(protocol: Protocol, image_scale: float) -> str:
+    """What the network was given of each image, in words."""
+    size = "its own size" if image_scale == 1 else f"{image_scale:g} of its own size"
+    if protocol.crop_hw:
+        crop, stride = ("{} x {}".format(*sides_hw) for sides_hw in (protocol.crop_hw, protocol.stride_hw))
+        return f"each image at {size}, through windows of {crop} pixels (height x width) every {stride} pixels"
+    if protocol.scales != SINGLE_SCALE.scales:
+        size = f"{', '.join(f'{scale:g}' for scale in protocol.scales)} times {size}"
+    return f"each image{' and its mirror image' if protocol.flip else ''}, whole, at {size}"
+
+
 def write_results(folder: str | os.PathLike, results: dict, matrix: np.ndarray) -> None:
     """Writes results.json, confusion_matrix.csv and table.md; a reader sees each of them whole, old or new.
 
@@ -110,16 +118,9 @@ def write_results(folder: str | os.PathLike, results: dict, matrix: np.ndarray) 
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["true class", *names])
     writer.writerows([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
-    _write(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    _write(folder / "confusion_matrix.csv", table.getvalue())
-    _write(folder / "table.md", markdown_table(results))
-
-
-def _write(path: epath.Path, text: str) -> None:
-    """Under another name first: a file that is being written, or was when the process died, is never read."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    write_text(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "confusion_matrix.csv", table.getvalue())
+    write_text(folder / "table.md", markdown_table(results))
 
 
 def markdown_table(results: dict) -> str:
@@ -163,7 +164,7 @@ def _origin(results: dict) -> str:
     return (
         f"{results['images']:,} images, {results['pixels']:,} valid pixels, weights of step "
         f"{results['checkpoint_step']:,}. Images that only filled batches, not counted: {results['padding_images']:,}. "
-        f"Protocol {results['protocol']}: {PROTOCOLS[results['protocol']]}."
+        f"Protocol {results['protocol']}: {results['seen']}."
     )
 
 

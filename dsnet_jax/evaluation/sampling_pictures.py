@@ -19,11 +19,15 @@ from dsnet_jax.data.drawing import outlines, write_picture
 from dsnet_jax.data.pipeline import Example, evaluation_examples, load_example
 from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation.canvases import choose_canvases
+from dsnet_jax.evaluation.folders import check_writable, picture_names, writing_into
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.pictures import comparisons
+from dsnet_jax.evaluation.protocols import SINGLE_SCALE
 from dsnet_jax.evaluation.sampling_points import PointFigures, SampledPoints, border_positions, figures, sampled_points
 from dsnet_jax.evaluation.trained import Trained, check_classes, load_trained, open_split_of
 from dsnet_jax.progress import track
+from dsnet_jax.workdir import write_text
 
 POSITIONS = 6  # Of an image, where none are given.
 # Bright, and apart from each other for most colour-blind people: Okabe and Ito's, lightened.
@@ -61,11 +65,15 @@ def draw_sampling_points(
       output: folder; None: `sampling_points/<split>/` in the workdir.
 
     Raises:
-      InputError: a run, the split, an id or a position cannot be used, or the network predicts no points.
+      InputError: a run, the split, an id or a position cannot be used, the network predicts no points, or the folder
+        cannot be written.
     """
     trained = load_trained(workdir, step)
     config = trained.config
     data = open_split_of(trained, workdir, split, root)
+    folder = epath.Path(workdir) / "sampling_points" / data.name if output is None else epath.Path(output)
+    otherwise = "give another --output"
+    check_writable(folder, otherwise)
     other = None if baseline is None else load_trained(baseline)
     if other is not None:
         check_classes(other, baseline, data.spec)
@@ -75,33 +83,38 @@ def draw_sampling_points(
     points = {example.index: points for example, points in pairs}
     labels = _labels(trained, shown)
 
-    folder = epath.Path(workdir) / "sampling_points" / data.name if output is None else epath.Path(output)
-    try:
+    with writing_into(folder, otherwise):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}): give another --output") from error
-    for example in shown:
-        shown_labels = labels[example.index] if example.label is None else example.label
-        margin = 2 * max(points[example.index].pixels_per_cell)
-        places = positions or border_positions(shown_labels, POSITIONS, margin)
-        file = folder / f"{example.id.replace('/', '_')}.png"
-        write_points_picture(file, example, points[example.index], places, shown_labels)
-    if other is not None:
+        for name, example in zip(picture_names(shown), shown, strict=True):
+            shown_labels = labels[example.index] if example.label is None else example.label
+            margin = 2 * max(points[example.index].pixels_per_cell)
+            places = positions or border_positions(shown_labels, POSITIONS, margin)
+            write_points_picture(folder / f"{name}.png", example, points[example.index], places, shown_labels)
+    if other is not None and shown:
         theirs = _labels(other, _examples(data, [one.index for one in shown], other.config.data.image_scale))
         rows = []
         for example in shown:
             row = {} if example.label is None else {"truth": example.label}
             row[f"baseline: {other.config.model.name}"] = theirs[example.index]
             rows.append((example.image, row | {config.model.name: labels[example.index]}))
-        write_picture(folder / "comparison.png", comparisons(rows, data.spec))
+        with writing_into(folder, otherwise):
+            write_picture(folder / "comparison.png", comparisons(rows, data.spec))
     print(f"drawn into {folder}: {', '.join(example.id for example in shown) or 'nothing'}", flush=True)
 
     examples = evaluation_examples(data, config.data.image_scale, read_threads=config.data.read_threads)
     examples = track(examples, f"sampling points of {data.spec.name} {data.name}", len(data))
-    all_points = sampled_points(trained.model, trained.variables, examples, config.evaluation.batch_size)
+    canvases = choose_canvases(data.sizes_hw, config.data.image_scale, SINGLE_SCALE, config.evaluation.batch_size)
+    all_points = sampled_points(
+        trained.model,
+        trained.variables,
+        examples,
+        config.evaluation.batch_size,
+        lambda example: canvases[example.label_hw],
+    )
     found = figures(points for _, points in all_points)
-    (folder / "figures.json").write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
     Console().print(_table(f"{data.spec.name} {data.name}, step {trained.step}", found))
+    with writing_into(folder, otherwise):
+        write_text(folder / "figures.json", json.dumps(dataclasses.asdict(found), indent=2) + "\n")
 
 
 def _indices(split: Split, ids: Sequence[str], count: int) -> list[int]:
@@ -181,6 +194,7 @@ def _draw_points(
     figure.suptitle(
         f"{example.id}: offsets of {points.lengths.mean():.2f} pixels in the mean, {points.lengths.max():.2f} at most",
         fontsize=11,
+        parse_math=False,  # An id may have dollar signs.
     )
     panels = figure.subplots(1, 3)
     cells = [points.cell_at(position) for position in positions]

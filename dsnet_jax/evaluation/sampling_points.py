@@ -1,7 +1,7 @@
 """Where a network samples: the points that it predicts for an image, in pixels of the image, and figures of them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from dsnet_jax import parallel
 from dsnet_jax.data.specs import IGNORE_LABEL
 from dsnet_jax.errors import InputError
-from dsnet_jax.evaluation.canvases import batches
+from dsnet_jax.evaluation.canvases import CanvasPair, batches, own_canvases
 from dsnet_jax.ops.extent import Extent
 from dsnet_jax.ops.normalise import normalise
 
@@ -123,21 +124,29 @@ def figures(images: Iterable[SampledPoints]) -> PointFigures:
 
 
 def sampled_points(
-    model: nn.Module, variables: Any, examples: Iterable["Example"], batch_size: int
+    model: nn.Module,
+    variables: Any,
+    examples: Iterable["Example"],
+    batch_size: int,
+    canvases_of: Callable[["Example"], CanvasPair] = own_canvases,
 ) -> Iterator[tuple["Example", SampledPoints]]:
-    """Each example with its points, in the order in which batches of one canvas are full.
+    """Each example with its points, in the order in which batches of one canvas are full. Computed by this process.
 
     Args:
       model: a segmentation network that samples.
       variables: its params and batch_stats.
       examples: at working resolution, of any size.
-      batch_size: images computed at once.
+      batch_size: images computed at once; its devices share them where their number divides it.
+      canvases_of: an example's canvases.
 
     Raises:
       InputError: the network predicts no points.
     """
-    for batch in batches(examples, batch_size):
-        offsets = _offsets(model, variables, batch.images, batch.size_hw)
+    mesh = parallel.local_mesh()
+    variables = jax.device_put(variables, parallel.replicated(mesh))
+    sharding = parallel.replicated(mesh) if batch_size % mesh.size else parallel.split_by_batch(mesh)
+    for batch in batches(examples, batch_size, canvases_of=canvases_of):
+        offsets = _offsets(model, variables, *jax.device_put((batch.images, batch.size_hw), sharding))
         if offsets is None:
             raise InputError(f"{type(model).__name__} predicts no sampling points: give the --workdir of one that does")
         cells_hw, canvas_hw = np.array(offsets.shape[1:3]), np.array(batch.images.shape[1:3])

@@ -1,7 +1,7 @@
 """Labels a prepared split for the server of its benchmark: `dsnet predict --submission`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -22,6 +22,7 @@ def predict_submission(
     submission: str | os.PathLike,
     root: str | None = None,
     protocol: str = "ss",
+    config_flags: Sequence[str] = (),
 ) -> None:
     """Labels every image of a split at its own size and writes the archive that the benchmark's server takes.
 
@@ -34,12 +35,13 @@ def predict_submission(
       submission: the archive, on this machine; replaced when the new one is complete and valid.
       root: where prepared data sets lie; None: `config.data.root`.
       protocol: one of `protocols.NAMES`.
+      config_flags: see `load_trained`.
 
     Raises:
       InputError: the run or the split cannot be used, its data set has no format for submissions, there is no such
         protocol, or the archive cannot be written.
     """
-    trained = load_trained(workdir, step)
+    trained = load_trained(workdir, step, config_flags)
     config = trained.config
     data = open_split_of(trained, workdir, split, root)
     seen = protocol_named(protocol, config)

@@ -1,6 +1,8 @@
 """A trained network, from the folder of its run."""
 
+import ast
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dsnet_jax import parallel
 from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.config import check_values
 from dsnet_jax.data.records import Split, open_split
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
@@ -36,17 +39,20 @@ class Trained:
     step: int
 
 
-def load_trained(workdir: epath.PathLike, step: int | str | None = None) -> Trained:
+def load_trained(workdir: epath.PathLike, step: int | str | None = None, config_flags: Sequence[str] = ()) -> Trained:
     """Reads the weights of a run.
 
     Args:
       workdir: of the run.
       step: of the checkpoint; "best": the one with the highest mIoU among those kept; None: the last.
+      config_flags: fields of config.evaluation in place of the run's, as "--config.evaluation.scales=0.5,1.0".
 
     Raises:
-      InputError: there is no such run or checkpoint.
+      InputError: there is no such run or checkpoint, or a flag is wrong.
     """
     config, spec = open_workdir(workdir)
+    if config_flags:
+        config = _with_flags(config, config_flags)
     model = build_model(config.model, spec.num_classes)
     checkpoints = Checkpoints(workdir, read_only=True)
     if step == "best":
@@ -61,6 +67,22 @@ def load_trained(workdir: epath.PathLike, step: int | str | None = None) -> Trai
     step = checkpoints.steps()[-1] if step is None else step
     checkpoints.close()
     return Trained(config, spec, model, trees[tree], step)
+
+
+def _with_flags(config: ConfigDict, config_flags: Sequence[str]) -> ConfigDict:
+    for flag in config_flags:
+        name, _, text = flag.removeprefix("--config.evaluation.").partition("=")
+        if name not in config.evaluation:
+            raise InputError(
+                f"{flag!r}: config.evaluation has the fields {', '.join(sorted(config.evaluation))}", exit_code=2
+            )
+        try:
+            config.evaluation[name] = ast.literal_eval(text)
+        except (SyntaxError, TypeError, ValueError) as error:
+            before = config.evaluation[name]
+            raise InputError(f"{flag!r}: a value of the kind of {before!r} is needed", exit_code=2) from error
+    check_values(config)
+    return config
 
 
 def open_split_of(

@@ -27,9 +27,12 @@ class Extent:
             raise ValueError(f"canvas_hw is {self.canvas_hw}: both sides must be multiples of {CANVAS_MULTIPLE}")
 
     def valid_hw(self, feature_hw: tuple[int, int]) -> jax.Array:
-        """Valid cells of a feature map of `feature_hw` cells, ceil(size * feature / canvas), int32 [B, 2]."""
-        feature, canvas = jnp.asarray(feature_hw, jnp.int32), jnp.asarray(self.canvas_hw, jnp.int32)
-        return -(-self.size_hw * feature // canvas)
+        """Valid cells of a feature map of `feature_hw` cells, which divide the canvas, int32 [B, 2].
+
+        ceil(size * feature / canvas), divided by the stride instead: the product of two sides may be beyond int32.
+        """
+        stride_hw = [canvas // feature for canvas, feature in zip(self.canvas_hw, feature_hw, strict=True)]
+        return -(-self.size_hw // jnp.array(stride_hw, jnp.int32))
 
     def mask(self, feature_hw: tuple[int, int]) -> jax.Array:
         """True where a cell of a feature map is valid, bool [B, H, W, 1]."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsnet_jax.data.pipeline import Example
 from dsnet_jax.data.transforms import scaled_size_hw
-from dsnet_jax.evaluation.canvases import PADDED_SHARE, batches, canvas_hw, choose_canvases
+from dsnet_jax.evaluation.canvases import LARGEST, PADDED_SHARE, batches, canvas_hw, choose_canvases
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
 
 NUM_CLASSES = 4
@@ -121,6 +121,7 @@ def test_chosen_canvases_hold_their_images_and_compute_no_more_than_the_smallest
     share, canvases = computed_share(sizes_hw, chosen, protocol, batch_size, image_scale)
     least, more = computed_share(sizes_hw, smallest, protocol, batch_size, image_scale)
     assert share <= max(PADDED_SHARE, least) * (1 + 1e-12) and len(canvases) <= len(more)
+    assert max(np.prod(canvas) for canvas, _ in canvases) <= LARGEST * max(np.prod(canvas) for canvas, _ in more)
 
 
 def test_fifty_sizes_need_far_fewer_canvases_at_multi_scale_and_no_more_than_a_quarter_of_padding():
@@ -134,6 +135,12 @@ def test_canvases_are_shared_where_that_saves_a_batch():
     sizes_hw = np.array([(64, 64)] * 5 + [(64, 32)] * 3)
     assert set(choose_canvases(sizes_hw, 1.0, SINGLE_SCALE, 8).values()) == {((64, 64), (64, 64))}
     assert len(set(choose_canvases(sizes_hw, 1.0, SINGLE_SCALE, 1).values())) == 2
+
+
+def test_a_high_and_a_wide_image_do_not_share_a_canvas_that_is_much_larger_than_either():
+    sizes_hw = np.array([(500, 600)] * 2000 + [(400, 3000), (3000, 400)])
+    chosen = choose_canvases(sizes_hw, 1.0, SINGLE_SCALE, 8)
+    assert (chosen[400, 3000][0], chosen[3000, 400][0]) == ((416, 3008), (3008, 416))
 
 
 def test_no_images_need_no_canvas():

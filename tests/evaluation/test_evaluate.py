@@ -1,7 +1,9 @@
 """Scores of a whole split, against a plain loop over its images, and the files that an evaluation leaves."""
 
 import csv
+import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from dsnet_jax.data.transforms import resize_image
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import evaluate as module
 from dsnet_jax.evaluation.boundary import boundary_counts
-from dsnet_jax.evaluation.evaluate import evaluate, evaluate_run
+from dsnet_jax.evaluation.evaluate import Evaluation, evaluate, evaluate_run
 from dsnet_jax.evaluation.inference import segment
 from dsnet_jax.evaluation.protocols import Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained
@@ -138,14 +140,12 @@ def test_an_evaluation_compiles_a_program_for_each_canvas_and_nothing_else(val, 
 
 @pytest.mark.usefixtures("one_device")
 def test_protocols_have_results_and_folders_of_their_own(random_run, capsys):
-    text = (random_run / "config.json").read_text()
-    windows = '"slide_crop_hw": [32, 32]'
-    (random_run / "config.json").write_text(text.replace('"slide_crop_hw": []', windows))
     for protocol, folder in (("ss", "val"), ("slide", "val_slide")):
-        evaluate_run(random_run, protocol=protocol)
+        evaluate_run(random_run, protocol=protocol, config_flags=["--config.evaluation.slide_crop_hw=(32, 32)"])
         folder = random_run / "evaluation" / folder
         results = json.loads((folder / "results.json").read_text())
         assert (results["protocol"], results["images"], results["programs"]) == (protocol, 11, 2)
+        assert results["config"]["evaluation"]["slide_crop_hw"] == [32, 32]
         assert results["padded_share"] > 1 and f"({protocol})" in (folder / "table.md").read_text()
         assert "on 2 canvases" in capsys.readouterr().out
     counts = [(random_run / "evaluation" / name / "confusion_matrix.csv").read_text() for name in ("val", "val_slide")]
@@ -174,9 +174,31 @@ def test_an_image_that_is_lost_on_the_way_is_an_error(random_run, val, small_con
         evaluate(trained.model, trained.variables, val, small_config)
 
 
-def test_a_split_without_labels_is_refused(random_run):
+def test_a_split_without_labels_is_refused_before_anything_is_computed_or_written(random_run, monkeypatch):
+    monkeypatch.setattr(module, "Segmenter", None)
     with pytest.raises(InputError, match="'test' of rooms has no labels to score: choose another --split"):
         evaluate_run(random_run, split="test")
+    assert not (random_run / "evaluation").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(random_run, monkeypatch):
+    monkeypatch.setattr(module, "evaluate", None)
+    (random_run / "evaluation").write_text("")
+    with pytest.raises(InputError, match=r"evaluation/val cannot be written \(Not a directory\): make room"):
+        evaluate_run(random_run)
+
+
+def test_the_scores_are_printed_though_the_disk_is_full(random_run, monkeypatch, capsys):
+    counted = Evaluation(np.eye(3, dtype=np.int64), np.ones((3, 3), np.int64), 11, 0, 1.0, 1, [])
+    monkeypatch.setattr(module, "evaluate", lambda *arguments, **options: counted)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.reports, "write_results", full)
+    with pytest.raises(InputError, match=r"evaluation/val cannot be written \(No space left on device\)"):
+        evaluate_run(random_run)
+    assert "100.00 % mIoU" in capsys.readouterr().out
 
 
 def test_examples_to_look_at_are_spread_over_the_split(random_run, val, small_config):
@@ -186,6 +208,18 @@ def test_examples_to_look_at_are_spread_over_the_split(random_run, val, small_co
     for example, prediction in shown:
         assert prediction.shape == example.label.shape and prediction.dtype == np.uint8
         assert prediction.max() < 3
+
+
+def test_examples_to_look_at_are_spread_over_those_of_the_own_process(random_run, val, small_config, monkeypatch):
+    trained = load_trained(random_run)
+    monkeypatch.setattr(module, "jax", SimpleNamespace(process_index=lambda: 0, process_count=lambda: 2))
+    monkeypatch.setattr(
+        module.processes,
+        "sum_over_processes",
+        lambda counts: np.array([11, *counts[1:]]) if counts.ndim == 1 else counts,
+    )
+    shown = evaluate(trained.model, trained.variables, val, small_config, show=3).shown
+    assert [example.index for example, _ in shown] == [0, 4, 10]  # Of 0, 2, 4, 6, 8, 10.
 
 
 def test_a_run_is_scored_into_files_that_agree(random_run, val, small_config, capsys):
@@ -208,12 +242,13 @@ def test_a_run_is_scored_into_files_that_agree(random_run, val, small_config, ca
     assert f"{100 * iou.mean():.2f} % mIoU" in printed and "pixels computed over pixels of the images: 1." in printed
 
 
-def test_overlays_are_written_for_as_many_images_as_the_config_says(random_run, small_config):
-    config = json.loads((random_run / "config.json").read_text())
-    config["evaluation"]["overlays"] = 2
-    (random_run / "config.json").write_text(json.dumps(config))
-    evaluate_run(random_run)
-    overlays = sorted((random_run / "evaluation" / "val" / "overlays").iterdir())
+def test_overlays_are_written_for_as_many_images_as_are_asked_for_and_old_ones_go(random_run, capsys):
+    folder = random_run / "evaluation" / "val" / "overlays"
+    folder.mkdir(parents=True)
+    (folder / "room05.png").write_text("of an earlier step")
+    evaluate_run(random_run, config_flags=["--config.evaluation.overlays=2"])
+    assert "overlays/ (2 pictures)" in capsys.readouterr().out
+    overlays = sorted(folder.iterdir())
     assert [path.name for path in overlays] == ["room00.png", "room10.png"]
     with Image.open(overlays[0]) as picture:
         assert picture.mode == "RGB"

@@ -182,6 +182,15 @@ def test_a_batch_size_that_the_devices_do_not_divide_is_rounded_up_and_said(capl
     assert "4 images at a time, not 3" in caplog.text
 
 
+def test_a_batch_that_a_protocol_makes_smaller_than_the_devices_need_is_told_as_it_was_asked_for(caplog):
+    model = OneConvolution()
+    segmenter = Segmenter(model, random_variables(model), mesh_of(4), Protocol("ms_flip", (0.5, 2.0), flip=True))
+    with caplog.at_level("WARNING", "absl"):
+        segmenter.run_known([], np.zeros((0, 2), np.int32), 1.0, 8)
+    wanted = "1 (8 at single scale: for ms_flip an image takes 8 times the memory)"
+    assert f"evaluating 4 images at a time, not {wanted}: there are 4 devices" in caplog.text
+
+
 def test_the_next_batch_is_started_before_a_result_is_handed_out():
     model, taken = OneConvolution(), []
 

@@ -115,7 +115,8 @@ def one_convolution():
     return lambda variables, images, extent: model.apply(variables, images), variables
 
 
-@pytest.mark.parametrize("name, label_scale", [("slide", 1), *((name, 2) for name in PROTOCOLS)])
+@pytest.mark.parametrize("label_scale", [1, 2])
+@pytest.mark.parametrize("name", PROTOCOLS)
 def test_probabilities_are_those_of_a_plain_loop_over_bare_images(one_convolution, name, label_scale):
     assert_equal_to_the_plain_loop(*one_convolution, SIZES_HW, PROTOCOLS[name], label_scale)
 

@@ -1,5 +1,7 @@
 """Labelling images of all kinds that are in no data set."""
 
+import errno
+import os
 import re
 
 import cv2
@@ -266,8 +268,18 @@ def test_an_empty_folder_is_refused(random_run, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told(random_run, tmp_path):
     file = write_image(tmp_path / "photo.png", 8, 8)
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be written"):
         predict_files(random_run, None, [str(file)], file)
+
+
+def test_a_disk_that_is_full_is_told(random_run, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(predict, "write_labels", full)
+    file = write_image(tmp_path / "photo.png", 40, 50)
+    with pytest.raises(InputError, match=r"out cannot be written \(No space left on device\): give another --output"):
+        predict_files(random_run, None, [str(file)], tmp_path / "out")
 
 
 def test_images_are_labelled_beside_each_other_on_several_devices(random_run, tmp_path, monkeypatch):

@@ -62,6 +62,27 @@ def test_the_command_line_offers_the_protocols_that_there_are(monkeypatch):
     assert cli.main(["evaluate", "--workdir=x", "--protocol=multi"]) == 2
 
 
+def test_the_command_line_sets_fields_of_the_evaluation_and_no_others(monkeypatch, capsys):
+    given = []
+    for command in ("evaluate", "predict"):
+        monkeypatch.setitem(cli.COMMANDS, command, given.append)
+        field = "--config.evaluation.scales=(0.5,1.0)"
+        assert cli.main([command, "--workdir=x", field]) == 0
+        assert given.pop().config_flags == [field]
+        for other in ("--config.seed=1", "--config=a.py"):
+            assert cli.main([command, "--workdir=x", field, other]) == 2
+            told = f"unknown argument '{other}' (the run's own config holds, but for --config.evaluation.FIELD=VALUE)"
+            assert told in capsys.readouterr().err
+        assert cli.main([command, "--workdir=x", field, "--sttep=3"]) == 2
+        assert f"unknown argument '--sttep=3' (see dsnet {command} --help)" in capsys.readouterr().err
+
+
+def test_a_field_with_spaces_is_not_taken_for_an_image(capsys):
+    field = "--config.evaluation.scales=(0.5, 1.0)"
+    assert cli.main(["predict", "--workdir=x", "--output=y", field, "image.png"]) == 2
+    assert f"'{field}': leave out the spaces" in capsys.readouterr().err
+
+
 def test_scaled_sizes_are_rounded_as_training_rounds_them():
     sizes_hw = np.stack([np.arange(1, 600), np.arange(600, 1199)], axis=1)
     scaled_hw = Protocol("ms_flip", PAPER, flip=True).scaled_hw(sizes_hw)

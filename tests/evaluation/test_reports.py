@@ -12,15 +12,19 @@ from rich.console import Console
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import reports
-from dsnet_jax.evaluation.protocols import NAMES
+from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
 from dsnet_jax.evaluation.reports import console_table, markdown_table, summarise, write_results
 
 SPEC = DatasetSpec("rooms", ("wall|door", "cha[i]r", "[b]lamp"), ((0, 0, 0), (200, 0, 0), (0, 200, 0)))
 MATRIX = np.array([[60, 10, 0], [5, 25, 0], [0, 0, 0]], np.int64)
+MS_FLIP = Protocol("ms_flip", (0.75, 1.0, 2.0), flip=True)
 BOUNDARY = np.array([[8, 5, 0], [10, 20, 0], [18, 10, 0]], np.int64)  # 8 of 20, 5 of 25.
 
 
-def results_of(matrix=MATRIX, images=7, spec=SPEC, boundary=BOUNDARY, protocol="ss"):
+CONFIG = {"seed": 3, "data": {"image_scale": 1.0}}
+
+
+def results_of(matrix=MATRIX, images=7, spec=SPEC, boundary=BOUNDARY, protocol=SINGLE_SCALE, config=CONFIG):
     return summarise(
         matrix,
         boundary,
@@ -29,7 +33,7 @@ def results_of(matrix=MATRIX, images=7, spec=SPEC, boundary=BOUNDARY, protocol="
         images=images,
         padding=1,
         checkpoint_step=1200,
-        config={"seed": 3, "model": {"backbone": "resnet50"}},
+        config=config,
         protocol=protocol,
     )
 
@@ -44,7 +48,7 @@ def test_results_json_holds_every_figure_and_where_it_comes_from(tmp_path):
     assert results["frequency_weighted_iou"] == pytest.approx(0.7 * 60 / 75 + 0.3 * 25 / 40)
     assert (results["dataset"], results["split"], results["protocol"]) == ("rooms", "val", "ss")
     assert (results["images"], results["padding_images"], results["pixels"]) == (7, 1, 100)
-    assert (results["checkpoint_step"], results["config"]) == (1200, {"seed": 3, "model": {"backbone": "resnet50"}})
+    assert (results["checkpoint_step"], results["config"]) == (1200, CONFIG)
     assert results["absent_classes"] == ["[b]lamp"] and results["classes_averaged"] == 2
     assert results["boundary_classes_averaged"] == 2 and results["benchmark_figures"] == []
     chair, lamp = results["classes"][1:]
@@ -73,8 +77,8 @@ def test_a_write_that_dies_leaves_the_results_before_it_whole(tmp_path, monkeypa
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
 
     class FullDisk(type(reports.epath.Path(tmp_path))):
-        def write_text(self, text):
-            super().write_text(text[:20])
+        def write_bytes(self, data):
+            super().write_bytes(data[:20])
             raise OSError("no space left on device")
 
     monkeypatch.setattr(reports.epath, "Path", FullDisk)
@@ -113,15 +117,27 @@ def test_the_mean_of_all_classes_is_said_to_be_one():
     assert "mean of all 3 classes" in markdown_table(results_of(np.eye(3, dtype=np.int64)))
 
 
-@pytest.mark.parametrize("protocol", ["ss", "flip", "ms_flip", "slide"])
-def test_results_and_tables_name_the_protocol_and_say_what_it_is(protocol):
-    results = results_of(protocol=protocol)
-    console = Console(width=200, file=(output := io.StringIO()))
+@pytest.mark.parametrize(
+    "protocol, image_scale, seen",
+    [
+        (SINGLE_SCALE, 1.0, "each image, whole, at its own size"),
+        (Protocol("flip", flip=True), 0.5, "each image and its mirror image, whole, at 0.5 of its own size"),
+        (MS_FLIP, 1.0, "each image and its mirror image, whole, at 0.75, 1, 2 times its own size"),
+        (MS_FLIP, 0.5, "each image and its mirror image, whole, at 0.75, 1, 2 times 0.5 of its own size"),
+        (
+            Protocol("slide", crop_hw=(96, 128), stride_hw=(64, 86)),
+            1.0,
+            "each image at its own size, through windows of 96 x 128 pixels (height x width) every 64 x 86 pixels",
+        ),
+    ],
+)
+def test_results_and_tables_name_the_protocol_and_say_what_it_is(protocol, image_scale, seen):
+    results = results_of(protocol=protocol, config={"data": {"image_scale": image_scale}})
+    console = Console(width=300, file=(output := io.StringIO()))
     console.print(console_table(results))
-    assert results["protocol"] == protocol
+    assert (results["protocol"], results["seen"]) == (protocol.name, seen)
     for text in (markdown_table(results), output.getvalue()):
-        assert f"mIoU ({protocol})" in text and f"Protocol {protocol}: {reports.PROTOCOLS[protocol]}." in text
-    assert reports.PROTOCOLS.keys() == set(NAMES)
+        assert f"mIoU ({protocol.name})" in text and f"Protocol {protocol.name}: {seen}." in text
 
 
 def test_where_other_classes_have_outlines_than_are_averaged_it_is_said():

@@ -1,5 +1,6 @@
 """`dsnet inspect points`: what is drawn, and for which images."""
 
+import io
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from dsnet_jax import cli
 from dsnet_jax.data.pipeline import Example
+from dsnet_jax.evaluation import sampling_pictures, sampling_points
 from dsnet_jax.evaluation.sampling_pictures import _draw_points
 from dsnet_jax.evaluation.sampling_points import SampledPoints
 
@@ -44,6 +46,28 @@ def test_images_and_positions_can_be_chosen_and_a_split_without_labels_be_drawn(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figures.json", "room01.png"]
 
 
+def test_without_pictures_the_figures_are_written_and_computed_on_few_canvases(random_run, rooms, monkeypatch, capsys):
+    config = json.loads((random_run / "config.json").read_text())
+    config["evaluation"]["batch_size"] = 16
+    (random_run / "config.json").write_text(json.dumps(config))
+    seen = []
+    original = sampling_points._offsets
+    monkeypatch.setattr(sampling_points, "_offsets", lambda *given: seen.append(given[2].shape) or original(*given))
+    assert inspect_points(random_run, rooms, "--images=0", f"--baseline={random_run}") == 0
+    assert [path.name for path in (random_run / "sampling_points" / "val").iterdir()] == ["figures.json"]
+    assert "val: nothing\n" in capsys.readouterr().out
+    assert seen == [(16, 64, 64, 3)]  # All of one canvas, though some have one of their own that is smaller.
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(
+    random_run, rooms, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sampling_pictures, "sampled_points", None)
+    (tmp_path / "file").write_text("")
+    assert inspect_points(random_run, rooms, f"--output={tmp_path / 'file'}") == 1
+    assert "file cannot be written (Not a directory): give another --output" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -65,11 +89,11 @@ def test_another_runs_classes_are_refused(random_run, rooms, capsys):
     assert "was trained on other classes than rooms has now" in capsys.readouterr().err
 
 
-def drawn(offsets, positions, label_hw=(32, 48)):
+def drawn(offsets, positions, label_hw=(32, 48), id_="street"):
     image = np.full((*label_hw, 3), 90, np.uint8)
     labels = np.zeros(label_hw, np.uint8)
     points = SampledPoints(offsets, (8.0, 8.0))
-    return _draw_points(Example(0, "street", image, labels, label_hw), points, positions, labels)
+    return _draw_points(Example(0, id_, image, labels, label_hw), points, positions, labels)
 
 
 def test_the_points_are_drawn_where_they_lie_and_those_outside_are_counted():
@@ -87,6 +111,10 @@ def test_the_points_are_drawn_where_they_lie_and_those_outside_are_counted():
     assert predicted.get_title() == "predicted points, 2 outside the image"
     for axes in (regular, predicted, lengths):
         assert axes.get_xlim() == (-0.5, 47.5) and axes.get_ylim() == (31.5, -0.5)
+
+
+def test_an_id_is_no_formula():
+    drawn(np.zeros((4, 6, 9, 2), np.float32), [(12, 20)], id_="$x^{$").savefig(io.BytesIO())
 
 
 def test_the_map_has_a_cell_for_each_position_with_the_mean_of_its_points_in_pixels():

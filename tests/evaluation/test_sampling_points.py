@@ -8,6 +8,7 @@ import pytest
 
 from dsnet_jax.data.pipeline import Example
 from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation import sampling_points as module
 from dsnet_jax.evaluation.sampling_points import SampledPoints, border_positions, figures, sampled_points
 from dsnet_jax.models.layers import SegmentationOutput
 from dsnet_jax.ops.normalise import normalise
@@ -95,6 +96,24 @@ def test_the_points_are_those_of_the_bare_image_in_its_own_cells(tiny_backbone, 
         np.testing.assert_allclose(found[index].offsets, bare, atol=1e-4)
     assert found[0].offsets.shape[:2] == (6, 8)
     assert found[0].pixels_per_cell == (16, 16) and found[1].pixels_per_cell == (8, 8)
+
+
+@pytest.mark.usefixtures("compiled_quickly")
+def test_a_batch_is_shared_by_the_devices_on_the_canvases_that_are_given(monkeypatch):
+    class OnePoint(nn.Module):
+        @nn.compact
+        def __call__(self, images, extent=None, *, train):
+            offsets = jnp.zeros((len(images), images.shape[1] // 8, images.shape[2] // 8, 9, 2))
+            return SegmentationOutput(images, offsets=offsets + images.mean())
+
+    seen = []
+    original = module._offsets
+    monkeypatch.setattr(module, "_offsets", lambda *given: seen.append(given[2]) or original(*given))
+    images = [np.zeros((side, 40, 3), np.uint8) for side in (20, 40) * 4]
+    examples = [example(image, index=index) for index, image in enumerate(images)]
+    found = list(sampled_points(OnePoint(), {}, examples, 8, lambda _: ((64, 96), (64, 96))))
+    assert [points.offsets.shape[:2] for _, points in found] == [(3, 5), (5, 5)] * 4
+    assert [[shard.data.shape for shard in images.addressable_shards] for images in seen] == [[(1, 64, 96, 3)] * 8]
 
 
 def test_a_network_that_predicts_no_points_is_told():

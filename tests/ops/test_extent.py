@@ -23,6 +23,12 @@ def test_valid_cells_are_what_the_bare_image_would_have_given():
         np.testing.assert_array_equal(extent.valid_hw((160 // stride, 160 // stride)), expected)
 
 
+def test_the_cells_of_a_long_strip_are_counted_though_its_sides_product_is_beyond_int32():
+    extent = Extent(jnp.array([[200, 50_000]]), (224, 53_248))
+    np.testing.assert_array_equal(extent.valid_hw((224, 53_248)), [[200, 50_000]])
+    np.testing.assert_array_equal(extent.valid_hw((28, 6_656)), [[25, 6_250]])
+
+
 def test_height_and_width_are_not_mixed_up():
     extent = Extent(jnp.array([[33, 40], [1, 128]]), (64, 128))
     np.testing.assert_array_equal(extent.valid_hw((8, 16)), [[5, 5], [1, 16]])

@@ -1,0 +1,43 @@
+"""A run's network as it is loaded, with fields of its evaluation from the command line."""
+
+import pytest
+
+from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation.trained import load_trained
+
+FLAG = "--config.evaluation."
+
+
+def test_fields_of_the_evaluation_may_differ_from_the_runs(random_run):
+    before = load_trained(random_run).config
+    config = load_trained(random_run, config_flags=[f"{FLAG}scales=0.5,1", f"{FLAG}batch_size=3"]).config
+    assert (config.evaluation.scales, config.evaluation.batch_size) == ((0.5, 1), 3)
+    config.evaluation.update(scales=before.evaluation.scales, batch_size=before.evaluation.batch_size)
+    assert config == before == load_trained(random_run).config
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        (f"{FLAG}scale=(1.0,)", "config.evaluation has the fields batch_size, overlays, scales, "),
+        ("--config.seed=1", "config.evaluation has the fields"),
+        (f"{FLAG}scales", "a value of the kind of (0.75, 1.0"),
+        (f"{FLAG}scales=0.5", "a value of the kind of (0.75, 1.0"),
+        (f"{FLAG}scales=(0.5,", "a value of the kind of (0.75, 1.0"),
+        (f"{FLAG}batch_size=many", "a value of the kind of 8"),
+    ],
+)
+def test_a_flag_that_is_wrong_is_told(random_run, flag, message):
+    with pytest.raises(InputError) as raised:
+        load_trained(random_run, config_flags=[flag])
+    assert str(raised.value).startswith(f"{flag!r}: {message}") and raised.value.exit_code == 2
+
+
+def test_values_are_checked_wherever_they_come_from(random_run):
+    with pytest.raises(InputError, match=r"scales is \(0.75, -1\): 0.1 to 10 is needed") as raised:
+        load_trained(random_run, config_flags=[f"{FLAG}scales=0.75,-1"])
+    assert raised.value.exit_code == 2
+    file = random_run / "config.json"
+    file.write_text(file.read_text().replace('"overlays": 8', '"overlays": -1'))
+    with pytest.raises(InputError, match=r"config\.json: config\.evaluation\.overlays is -1"):
+        load_trained(random_run)
