@@ -14,7 +14,7 @@ def add_arguments(export: argparse.ArgumentParser) -> None:
         nargs=2,
         type=_count,
         metavar=("HEIGHT", "WIDTH"),
-        help="of the images, pixels (default: any, from 32 on; onnx needs it)",
+        help="of the images, pixels (default: any, 32 to 65535; onnx needs it)",
     )
     export.add_argument("--batch-size", type=_count, help="images at a time (default: any)")
     export.add_argument(

@@ -9,6 +9,7 @@ from etils import epath
 from dsnet_jax import parallel
 from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.specs import Colour
+from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import protocol_named
 from dsnet_jax.evaluation.trained import Trained, load_trained
@@ -21,14 +22,16 @@ def load(path: epath.PathLike, step: int | str | None = None, protocol: str = "s
 
     Args:
       path: of a workdir, or of a file of `dsnet export --format=safetensors`.
-      step: of the checkpoint in a workdir; "best"; None: the last.
+      step: of the checkpoint in a workdir; "best"; None: the last. A file has one.
       protocol: what the network sees of an image: ss, flip, ms_flip or slide.
       batch_size: images of one canvas that are computed at a time; rounded up, and said, to a multiple of the devices.
 
     Raises:
-      InputError: there is nothing that can be used.
+      InputError: there is nothing that can be used; or a step is given with a file.
     """
     if not epath.Path(path).is_dir() and str(path).endswith(".safetensors"):
+        if step is not None:
+            raise InputError(f"{path}: a file has one step, {step!r} cannot be chosen: give the workdir, or no step")
         config, spec, variables, found = read_safetensors(path)
         trained = Trained(config, spec, build_model(config.model, spec.num_classes), variables, found)
     else:
@@ -73,7 +76,7 @@ class Predictor:
         labels: list[np.ndarray] = [None] * len(several)
         for batch, predicted, _ in self._segmenter.run(self._examples(several), self._batch_size):
             for example, own in batch.cropped(predicted):
-                labels[example.index] = own
+                labels[example.index] = own.copy()  # Of the whole batch it would be a view, which cannot be written.
         return labels[0] if single else labels
 
     def _examples(self, images: list[np.ndarray]) -> Iterator[Example]:

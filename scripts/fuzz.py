@@ -1,4 +1,4 @@
-"""Damages images, masks and archives at random, and gives them to `dsnet prepare` and `dsnet predict`.
+"""Damages images, masks, archives and weights at random, and gives them to `dsnet prepare`, `predict` and `port`.
 
     .venv/bin/python scripts/fuzz.py --count=1000 --seed=0 --source=CamVid
 
@@ -13,12 +13,15 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import traceback
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from damaged_files import class_list, damage, palette_png, sample_archives, sample_images, sample_masks
+from safetensors.numpy import save as safetensors_bytes
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 SECONDS = 600  # For a round.
@@ -157,6 +161,47 @@ def archive_round(folder: Path, count: int, rng: np.random.Generator, run: Runne
     return fuzzed
 
 
+def weights_round(folder: Path, count: int, rng: np.random.Generator, run: Runner) -> Round:
+    """`count` damaged files of weights, and a whole one of each kind, are ported: accepted is what can be read."""
+    samples = sample_weights(rng)
+    every_file = list(samples.values())
+    fuzzed = Round(folder)
+    for kind, data in samples.items():
+        fuzzed.write(f"whole.{kind}", data, None)
+    for index in range(count):
+        kind = sorted(samples)[index % len(samples)]
+        fuzzed.write(f"{index:04}.{kind}", damage(samples[kind], every_file[rng.integers(len(every_file))], rng), kind)
+    commands = [["port", str(path), f"--workdir={folder / 'ported' / path.name}"] for path in fuzzed.kinds]
+    for path, command, result in zip(fuzzed.kinds, commands, run(commands), strict=True):
+        fuzzed.judge(command, result)
+        read = any(end in result.output for end in ("do not fit", "holds no ResNet", "PyTorch is needed"))
+        fuzzed.count(path, "port", read, result.output)
+    return fuzzed
+
+
+def sample_weights(rng: np.random.Generator) -> dict[str, bytes]:
+    """Files with one array of a ResNet by kind; the .pth as PyTorch writes them now, and as before version 1.6."""
+    name, array = "layer1.0.bn1.weight", rng.standard_normal((2, 4), np.float32)
+
+    def pth(end_of_storage: bytes) -> bytes:
+        name_, storage, key, place = (
+            b"X" + struct.pack("<I", len(text)) + text.encode() for text in (name, "storage", "0", "cpu")
+        )
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage + b"ctorch\nFloatStorage\n" + key + place + b"K\x08"
+        tensor += end_of_storage + b"tQK\x00K\x02K\x04\x86K\x04K\x01\x86\x89ccollections\nOrderedDict\n)RtR"
+        return b"\x80\x02}" + name_ + tensor + b"s."
+
+    about = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    begin = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, about))
+    legacy = begin + pth(b"N") + pickle.dumps(["0"], 2) + struct.pack("<q", array.size) + array.tobytes()
+    zipped = io.BytesIO()
+    members = {"data.pkl": pth(b""), "byteorder": b"little", "data/0": array.tobytes(), "version": b"3\n"}
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{member}"), content)
+    return {"safetensors": safetensors_bytes({name: array}), "zip.pth": zipped.getvalue(), "legacy.pth": legacy}
+
+
 def run_here(commands: list[list[str]]) -> list[Result]:
     """Runs commands in this process."""
     from dsnet_jax import cli
@@ -236,10 +281,10 @@ def main() -> int:
     for number, start in enumerate(starts):
         rng = np.random.default_rng((options.seed, number))
         here, count = folder / f"round{number:03}", min(options.files_a_round, options.count - start)
-        if number % 3 == 2:
-            fuzzed = archive_round(here, count, rng, run_apart)
+        if number % 4 >= 2:
+            fuzzed = (archive_round, weights_round)[number % 4 - 2](here, count, rng, run_apart)
         else:
-            fuzzed = image_round(here, count, rng, options.source if number % 3 else None, workdir, run_apart)
+            fuzzed = image_round(here, count, rng, options.source if number % 4 else None, workdir, run_apart)
         counts += fuzzed.counts
         failed += bool(fuzzed.faults)
         print(

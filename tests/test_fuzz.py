@@ -41,6 +41,15 @@ def test_damaged_archives_are_refused_by_name_or_accepted(fuzz, tmp_path):
     assert {fuzzed.counts["whole", "prepare", verdict] for verdict in ("accepted", "refused")} == {3, 0}
 
 
+def test_damaged_weights_are_refused_by_name_or_read(fuzz, tmp_path):
+    fuzzed = fuzz.weights_round(tmp_path / "files", 60, np.random.default_rng(0), fuzz.run_here)
+    assert fuzzed.faults == []
+    assert sum(fuzzed.counts.values()) == 60 + 3
+    for kind in ("safetensors", "zip.pth", "legacy.pth"):
+        assert fuzzed.counts[kind, "port", "refused"]
+    assert fuzzed.counts["whole", "port", "accepted"] == 3
+
+
 def test_a_fault_is_found(fuzz, tmp_path, monkeypatch):
     def careless(data, name, *_):
         raise ValueError("what is this?")

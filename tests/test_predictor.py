@@ -5,6 +5,7 @@ from test_architecture import modules_after
 
 import dsnet_jax
 from dsnet_jax.cli import main
+from dsnet_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -22,6 +23,7 @@ def test_a_loaded_run_labels_as_the_command_does_and_in_batches_of_any_sizes(
     assert network.class_names == ("wall", "floor", "lamp")
     assert network.palette[0] == (200, 60, 60)
     several = network.predict(images)
+    assert all(labels.base is None and labels.flags.writeable for labels in several)
     assert [labels.shape for labels in several] == [image.shape[:2] for image in images]
 
     Image.fromarray(images[0]).save(tmp_path / "0.png")
@@ -37,6 +39,8 @@ def test_a_loaded_run_labels_as_the_command_does_and_in_batches_of_any_sizes(
     from_file = dsnet_jax.load(file)
     assert from_file.class_names == network.class_names
     np.testing.assert_array_equal(from_file.predict(images[0]), by_command)
+    with pytest.raises(InputError, match=r"run\.safetensors: a file has one step, 500 cannot be chosen"):
+        dsnet_jax.load(file, step=500)
 
 
 def test_what_is_no_image_is_refused(small_config, random_run):

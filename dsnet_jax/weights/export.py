@@ -53,7 +53,7 @@ def export(
         raise InputError("a non-local block works in bands of a known size: give --size-hw HEIGHT WIDTH", exit_code=2)
     if folded:
         variables = fold_batch_norm(variables)
-    description = describe(config, spec, step, folded)
+    description = describe(config, spec, step, folded, is_program)
     if file_format == "safetensors":
         data = to_safetensors(config, spec, variables, step, description)
     elif file_format == "torchvision":

@@ -37,7 +37,7 @@ def to_onnx(
 
         from dsnet_jax.weights.onnx_graph import IR_VERSION, OPSET, to_graph
     except ImportError as error:
-        raise InputError(f"{error}: install it, or dsnet_jax[export]") from error
+        raise InputError(f"{error}: pip install -e '.[export]', or export to StableHLO") from error
     batch = jax.export.symbolic_shape("b")[0] if batch_size is None else batch_size
     try:
         graph = to_graph(program, jax.ShapeDtypeStruct((batch, *size_hw, 3), jnp.uint8))

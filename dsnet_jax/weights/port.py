@@ -1,9 +1,11 @@
 """Weights of others as a folder that runs start from and, for whole networks, that is evaluated: `dsnet port`."""
 
+import contextlib
 import json
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.weights.torch_files import read_arrays, sha256_of
-from dsnet_jax.weights.torchvision import LEFT_OUT, RELEASES, Conversion, Layout, convert, recognise
+from dsnet_jax.weights.torchvision import LEFT_OUT, RELEASES, SAVED_AGAIN, Conversion, Layout, convert, recognise
 from dsnet_jax.workdir import claim_workdir, locked_workdir, write_text
 
 PORT = "port.json"  # Where the weights of a folder come from.
@@ -39,12 +41,18 @@ def port(file: str, workdir: epath.PathLike, backbone_only: bool = False) -> Non
       backbone_only: of a whole network.
 
     Raises:
-      InputError: the file cannot be used, the message lists what is wrong; or the folder holds something.
+      InputError: the file cannot be used, the message lists what is wrong; or the folder holds something, or cannot be
+        written.
     """
     source, folder = Path(file), epath.Path(workdir)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{workdir} holds something: give a new --workdir")
+    _refuse_what_is_there(folder)
     checksum = sha256_of(source)
+    later = SAVED_AGAIN.get(checksum[:8])
+    if later and tarfile.is_tarfile(source):
+        raise InputError(
+            f"{source}: {RELEASES[checksum[:8]]}, is in PyTorch's first format, a tar file, which cannot be read "
+            f"safely: download {later}, which has the same weights, from download.pytorch.org/models"
+        )
     layout, conversion = arrays_ported(read_arrays(source), str(source), backbone_only)
     origin = RELEASES.get(checksum[:8])
     about = {
@@ -58,13 +66,15 @@ def port(file: str, workdir: epath.PathLike, backbone_only: bool = False) -> Non
         "cast": dict(conversion.cast),
     }
     with locked_workdir(folder):
-        if layout.head:
-            claim_workdir(folder, config_of(layout), VOC2012)
-        checkpoints = Checkpoints(folder)
-        tree = "variables" if layout.head else "backbone"
-        checkpoints.save(0, {tree: jax.device_put(conversion.variables)}, {"ported_from": about})
-        checkpoints.close()
-        write_text(folder / PORT, json.dumps(about, indent=2) + "\n")
+        _refuse_what_is_there(folder)  # Another process may have been quicker.
+        with _removed_on_failure(folder):
+            checkpoints = Checkpoints(folder)
+            tree = "variables" if layout.head else "backbone"
+            checkpoints.save(0, {tree: jax.device_put(conversion.variables)}, {"ported_from": about})
+            checkpoints.close()
+            write_text(folder / PORT, json.dumps(about, indent=2) + "\n")
+            if layout.head:
+                claim_workdir(folder, config_of(layout), VOC2012)  # Last: it says that all the rest is there.
     _tell(source, folder, layout, conversion, origin or "none of the releases known here", checksum)
 
 
@@ -132,9 +142,8 @@ def config_of(layout: Layout) -> ConfigDict:
 
 
 def is_ported_backbone(workdir: epath.PathLike) -> bool:
-    """Whether a folder holds a backbone alone."""
-    file = epath.Path(workdir) / PORT
-    return file.exists() and json.loads(file.read_text())["head"] is None
+    """Whether a folder holds a backbone alone; raises InputError if it is damaged."""
+    return (epath.Path(workdir) / PORT).exists() and _read_port(workdir)["head"] is None
 
 
 def load_backbone(workdir: epath.PathLike, sharding: jax.sharding.Sharding) -> dict[str, Any]:
@@ -143,13 +152,41 @@ def load_backbone(workdir: epath.PathLike, sharding: jax.sharding.Sharding) -> d
     Raises:
       InputError: the folder is damaged.
     """
-    about = json.loads((epath.Path(workdir) / PORT).read_text())
+    about = _read_port(workdir)
     like = jax.eval_shape(lambda: _fresh_backbone(about["backbone"], about["stem"]))
     like = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), like)
     checkpoints = Checkpoints(workdir, read_only=True)
     trees, _ = checkpoints.restore({"backbone": like})
     checkpoints.close()
     return trees["backbone"]
+
+
+def _read_port(workdir: epath.PathLike) -> dict[str, Any]:
+    """Backbone, stem and head, as `port` has noted them."""
+    file = epath.Path(workdir) / PORT
+    try:
+        about = json.loads(file.read_bytes())
+        return {name: about[name] for name in ("backbone", "stem", "head")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged: port the weights again, into a new folder") from error
+
+
+def _refuse_what_is_there(folder: epath.Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} {'holds something' if folder.is_dir() else 'is a file'}: give a new --workdir")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: epath.Path) -> Iterator[None]:
+    """Leaves no half of a folder, which the same command would refuse when it is given again."""
+    try:
+        yield
+    except BaseException as error:  # Stopping is one.
+        with contextlib.suppress(OSError):
+            folder.rmtree()
+        if isinstance(error, OSError):
+            raise InputError(f"{folder} cannot be written ({error.strerror}): give another --workdir") from error
+        raise
 
 
 def _shapes(layout: Layout) -> Any:

@@ -19,6 +19,7 @@ from dsnet_jax.ops.normalise import normalise
 from dsnet_jax.ops.resize import bilinear_weights, resize_bilinear
 
 LEAST_SYMBOLIC_SIDE = ROWS_AT_ONCE = 32
+MOST_SYMBOLIC_SIDE = 2**16 - 1  # As in JPEG.
 
 
 def label_program(
@@ -34,7 +35,7 @@ def label_program(
 
     Returns:
       A function of images, uint8 [B, H, W, 3], RGB, that gives labels, uint8 [B, H, W]. H and W may be symbolic, each
-      at least 32: images then lie on a canvas. Of other sizes the network sees the bare image, which is quicker.
+      32 to 65535: images then lie on a canvas. Of other sizes the network sees the bare image, which is quicker.
     """
     variables = jax.device_get(variables)  # A program with arrays of eight devices would want eight.
     small = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
@@ -71,7 +72,10 @@ def _on_canvas(images, image_scale):
     numerator, denominator = numerator // divisor, CANVAS_MULTIPLE * 1024 // divisor
     canvas_hw = tuple(CANVAS_MULTIPLE * ((side * numerator + denominator - 1) // denominator) for side in size_hw)
     sizes = [jnp.asarray(side, jnp.int32) for side in size_hw]
-    scaled_hw = [jnp.maximum(1, jnp.rint(side * jnp.float32(image_scale)).astype(jnp.int32)) for side in sizes]
+    scaled_hw = sizes
+    if image_scale != 1:  # The host's rule is in float64, which the program need not have: 45 * 0.7 is less than 31.5.
+        table = [scaled_size_hw((side, side), image_scale)[0] for side in range(MOST_SYMBOLIC_SIDE + 1)]
+        scaled_hw = [jnp.array(table, jnp.int32)[side] for side in sizes]
 
     def for_each(values, dtype):
         return jnp.broadcast_to(jnp.stack(values).astype(dtype), (batch, 2))

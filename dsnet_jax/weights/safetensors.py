@@ -19,6 +19,8 @@ from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.weights.description import FORMAT
 from dsnet_jax.weights.torchvision import BLOCKS, LEAVES, STEMS
 
+MAX_NAMES = 10
+
 
 def to_safetensors(
     config: ConfigDict, spec: DatasetSpec, variables: dict[str, Any], step: int, description: dict[str, Any]
@@ -53,36 +55,51 @@ def read_safetensors(
       to_train: refuse what has no batch normalisation left to train.
 
     Raises:
-      InputError: it cannot be read, is none, or the arrays are not those of the network of its config.
+      InputError: it cannot be read, is none, or the arrays are not those of the network of its config; of these the
+        first ten are listed.
     """
     try:
         data = epath.Path(file).read_bytes()
-        arrays = safetensors.numpy.load(data)
+        entries = dict(safetensors.deserialize(data))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
         raise InputError(f"{file}: not a .safetensors file, or damaged ({error})") from error
     length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise InputError(
-            f"{file}: its metadata does not say {FORMAT!r}: give a file of `dsnet export --format=safetensors`"
+            f"{file}: its metadata does not say {FORMAT!r}: give a file of `dsnet export --format=safetensors`, and "
+            "weights of others to `dsnet port`"
         )
-    if to_train and json.loads(metadata["description"]).get("batch_norm_folded"):
+    try:
+        config = from_json(metadata["config"], str(file))
+        spec = DatasetSpec.from_json(json.loads(metadata["dataset"]))
+        folded, step = json.loads(metadata["description"]).get("batch_norm_folded"), int(metadata["step"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: its metadata is damaged ({error!r}): export it again") from error
+    if to_train and folded:
         raise InputError(f"{file}: its batch normalisation is folded: export it again without --fold-batch-norm")
-    config = from_json(metadata["config"], str(file))
-    spec = DatasetSpec.from_json(json.loads(metadata["dataset"]))
     model = build_model(config.model, spec.num_classes)
     shapes = jax.eval_shape(lambda: initial_variables(model))
-    wanted = dict(named_leaves(shapes))
-    for name in sorted(wanted.keys() | arrays.keys()):
-        expected, found = (
-            f"{of[name].dtype}{list(of[name].shape)}" if name in of else "nothing" for of in (wanted, arrays)
+    wanted = {name: f"F32{list(leaf.shape)}" for name, leaf in named_leaves(shapes)}
+    found = {name: f"{entry['dtype']}{list(entry['shape'])}" for name, entry in entries.items()}
+    different = [
+        f"{name}: {found.get(name, 'nothing')}, its config makes it {wanted.get(name, 'nothing')}"
+        for name in sorted(wanted | found)
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        lines = different[:MAX_NAMES] + [f"and {len(different) - MAX_NAMES} more"] * (len(different) > MAX_NAMES)
+        raise InputError(
+            f"{file}: {len(different)} arrays are not those of its config: the file was changed, export it again\n"
+            + "\n".join(lines)
         )
-        if expected != found:
-            raise InputError(f"{file}: {name} is {found}, its config makes it {expected}: the file was changed")
-    variables = jax.tree_util.tree_map_with_path(lambda path, _: arrays[leaf_name(path)], shapes)
-    return config, spec, variables, int(metadata["step"])
+
+    def array(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.frombuffer(entries[leaf_name(path)]["data"], np.float32).reshape(leaf.shape)
+
+    return config, spec, jax.tree_util.tree_map_with_path(array, shapes), step
 
 
 def backbone_to_safetensors(variables: dict[str, Any], description: dict[str, Any]) -> bytes:

@@ -34,6 +34,14 @@ RELEASES = {
     "cd0a2569": "torchvision's DeepLabv3, ResNet-50, COCO_WITH_VOC_LABELS_V1",
     "586e9e4e": "torchvision's DeepLabv3, ResNet-101, COCO_WITH_VOC_LABELS_V1",
 }
+# Of those before 2021, which are in PyTorch's first format, the later file with the same weights.
+SAVED_AGAIN = {
+    "5c106cde": "resnet18-f37072fd.pth",
+    "333f7ec4": "resnet34-b627a593.pth",
+    "19c8e357": "resnet50-0676ba61.pth",
+    "5d3b4d8f": "resnet101-63fe2227.pth",
+    "b121ed2d": "resnet152-394f9c45.pth",
+}
 
 BLOCKS: Table = tuple(
     row
@@ -132,7 +140,7 @@ def recognise(arrays: Mapping[str, Any], backbone_only: bool = False) -> Layout 
     stem_table = max(STEMS.values(), key=fits)
     stem = "v1"
     if len(stem_table) > 2:
-        first = names.get(f"{stem_table[0][1]}.weight", (0,))[0]
+        first = (names.get(f"{stem_table[0][1]}.weight") or (0,))[0]
         stem = "v1s" if first == 64 else "v1c"
     in_model = prefix and any(name.startswith("classifier.") for name in arrays) and not backbone_only
     table = tuple(

@@ -4,16 +4,26 @@ import json
 import subprocess
 import sys
 import textwrap
+import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
+import safetensors
 
 import dsnet_jax
 from dsnet_jax.cli import main
+from dsnet_jax.cli_export import FORMATS
 from dsnet_jax.config import default_config
 from dsnet_jax.data.specs import SHAPES
+from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.errors import InputError
+from dsnet_jax.experiment import build_model
+from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.weights.export import export
+from dsnet_jax.weights.program import _on_canvas
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -90,6 +100,57 @@ def test_exported_programs_give_our_labels_in_a_process_without_us(
     assert description["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert description["batch_norm_folded"] == bool(flags)
     assert description["input"]["shape"] == [None, None, None, 3]
+    assert (description["input"]["least_side"], description["input"]["greatest_side"]) == (32, 65535)
+
+
+@pytest.fixture
+def described(small_config, four_convolutions, random_variables, tmp_path, monkeypatch):
+    """Called with a format and a size, gives what the file of a small FCN says of itself."""
+    monkeypatch.setitem(RESNETS, "resnet18", four_convolutions)
+    small_config.model.name = "fcn"
+    network = build_model(small_config.model, SHAPES.num_classes)
+    variables = random_variables(network, np.zeros((1, 64, 64, 3), np.float32), train=False)
+    stem = {"conv": {"kernel": np.zeros((7, 7, 3, 4), np.float32)}}
+
+    def export_and_read(file_format, size_hw=None):
+        if file_format == "torchvision":
+            variables["params"]["backbone"], variables["batch_stats"]["backbone"] = {"stem": stem}, {}
+        export(small_config, SHAPES, variables, 7, tmp_path / "x", file_format, size_hw)
+        if file_format == "stablehlo":
+            with zipfile.ZipFile(tmp_path / "x") as file:
+                return json.loads(file.read("description.json"))
+        if file_format == "onnx":
+            model = onnx.load(tmp_path / "x")
+            return json.loads(next(entry.value for entry in model.metadata_props if entry.key == "description"))
+        with safetensors.safe_open(tmp_path / "x", "np") as file:
+            return json.loads(file.metadata()["description"])
+
+    return export_and_read
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_only_of_a_program_inputs_and_outputs_are_described(file_format, described):
+    size_hw = (20, 20) if file_format in ("stablehlo", "onnx") else None
+    description = described(file_format, size_hw)
+    assert description["preprocessing_is_inside"] == bool(size_hw)
+    assert ("input" in description, "output" in description) == (bool(size_hw), bool(size_hw))
+    if size_hw:
+        assert description["input"]["shape"] == [None, 20, 20, 3]
+        assert not description["input"].keys() & {"least_side", "greatest_side"}
+    assert description["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize(("side", "scaled"), [(45, 31), (645, 451)])
+def test_a_program_of_any_size_scales_images_to_the_size_that_the_host_does(side, scaled):
+    """By 0.7, which float32 rounds up: 45 * 0.7 is less than 31.5, and 645 * 0.7 less than 451.5."""
+    assert scaled_size_hw((side, 64), 0.7) == (scaled, 45)
+    height = jax.export.symbolic_shape("h", constraints=["h >= 32", "h <= 65535"])[0]
+
+    def sizes(images):
+        return jnp.stack(_on_canvas(images, 0.7)[1])
+
+    program = jax.export.export(jax.jit(sizes))(jax.ShapeDtypeStruct((1, height, 64, 3), jnp.uint8))
+    assert program.call(np.zeros((1, side, 64, 3), np.uint8)).tolist() == [scaled, 45]
 
 
 def test_what_cannot_be_written_is_told_in_one_line(small_config, random_run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`dsnet port`: the folder that it makes, and runs that start from it."""
 
 import json
+import tarfile
 from functools import partial
 
 import jax
@@ -109,6 +110,53 @@ def test_a_folder_that_holds_something_is_left_alone(file, ported, capsys):
     assert sorted(ported.rglob("*")) == before
 
 
+def test_a_file_in_the_place_of_the_folder_is_told(file, capsys):
+    assert cli.main(["port", str(file), f"--workdir={file}"]) == 1
+    assert capsys.readouterr().err == f"dsnet: {file} is a file: give a new --workdir\n"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_folder_that_could_not_be_written_can_be_asked_for_again(error, file, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    command = ["port", str(file), f"--workdir={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(port_module, "write_text", fail)
+        if isinstance(error, OSError):
+            assert cli.main(command) == 1
+            assert "out cannot be written (No space left on device)" in capsys.readouterr().err
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                cli.main(command)
+    assert not (tmp_path / "out").exists()
+    assert cli.main(command) == 0
+
+
+def test_what_another_process_has_just_written_is_left_alone(file, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def read_arrays(file):
+        out.mkdir()
+        (out / "port.json").touch()
+        return load_file(file)
+
+    monkeypatch.setattr(port_module, "read_arrays", read_arrays)
+    assert cli.main(["port", str(file), f"--workdir={out}"]) == 1
+    assert "holds something" in capsys.readouterr().err and [path.name for path in out.iterdir()] == ["port.json"]
+
+
+def test_a_release_in_the_first_format_is_refused_and_the_later_file_is_named(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "resnet50.pth"
+    with tarfile.open(file, "w") as tar:
+        tar.addfile(tarfile.TarInfo("sys_info"))
+    monkeypatch.setattr(port_module, "sha256_of", lambda _: "19c8e357")
+    assert cli.main(["port", str(file), f"--workdir={tmp_path / 'out'}"]) == 1
+    error = capsys.readouterr().err
+    assert "ResNet-50, IMAGENET1K_V1, as released before 2021, is in PyTorch's first format, a tar file" in error
+    assert "download resnet50-0676ba61.pth" in error and error.count("\n") == 1
+
+
 def test_a_file_that_cannot_be_used_leaves_no_folder(tmp_path, capsys):
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "x.safetensors")
     assert cli.main(["port", str(tmp_path / "x.safetensors"), f"--workdir={tmp_path / 'out'}"]) == 1
@@ -173,6 +221,14 @@ def test_a_damaged_folder_is_told(ported, config, spec):
     for data in (ported / "checkpoints" / "0" / "backbone").rglob("d/*"):
         data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):
+        init_from(str(ported), {}, spec)
+
+
+@pytest.mark.parametrize("kept", [0, 30])
+def test_a_note_that_is_cut_short_is_told(kept, ported, spec):
+    note = ported / "port.json"
+    note.write_bytes(note.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"port\.json: damaged: port the weights again"):
         init_from(str(ported), {}, spec)
 
 

@@ -1,6 +1,7 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -85,12 +86,33 @@ def test_files_that_are_not_ours_are_refused_in_one_line(trained, tmp_path):
     with pytest.raises(InputError, match=r"not a \.safetensors file, or damaged"):
         read_safetensors(file)
     file.write_bytes(safetensors.numpy.save({"x": np.ones(1)}))
+    with pytest.raises(InputError, match=r"its metadata does not say 'dsnet_jax/1'.* to `dsnet port`"):
+        read_safetensors(file)
+    file.write_bytes(safetensors.numpy.save({"x": np.ones(1, ml_dtypes.bfloat16)}))  # Which its reader may not know.
     with pytest.raises(InputError, match="its metadata does not say 'dsnet_jax/1'"):
         read_safetensors(file)
-    del variables["params"]["cgds"]["kernel"]
-    file.write_bytes(to_safetensors(config, SHAPES, variables, 7, {}))
-    with pytest.raises(InputError, match="params/cgds/kernel is nothing, its config makes it float32"):
+    file.write_bytes(data.replace(b'"step":"7"', b'"step":"x"'))
+    with pytest.raises(InputError, match="its metadata is damaged"):
         read_safetensors(file)
+
+
+def test_all_arrays_that_are_not_those_of_the_config_are_told_the_first_ten_by_name(trained, tmp_path):
+    config, variables = trained
+    file = tmp_path / "a.safetensors"
+    cgds = variables["params"]["cgds"]
+    cgds["more"] = cgds["kernel"].astype(np.float16)
+    del cgds["kernel"]
+    file.write_bytes(to_safetensors(config, SHAPES, variables, 7, {}))
+    with pytest.raises(InputError, match="2 arrays are not those of its config") as raised:
+        read_safetensors(file)
+    kernel, more = str(raised.value).splitlines()[1:]
+    assert kernel.startswith("params/cgds/kernel: nothing, its config makes it F32[3, 3, ")
+    assert more.startswith("params/cgds/more: F16[3, 3, ") and more.endswith("its config makes it nothing")
+    del variables["params"]["backbone"]
+    file.write_bytes(to_safetensors(config, SHAPES, variables, 7, {}))
+    with pytest.raises(InputError, match=r"\nand \d+ more$") as raised:
+        read_safetensors(file)
+    assert len(str(raised.value).splitlines()) == 12
 
 
 def test_a_folded_network_is_not_trained_further(trained, tmp_path):

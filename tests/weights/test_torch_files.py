@@ -64,7 +64,7 @@ def test_a_malicious_pickle_is_refused_in_one_line_and_leaves_no_trace(layout, p
     assert not (tmp_path / "trace").exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["posix system", "torch hub.load", "builtins eval", "torch._utils _rebuild_tensor"])
+@pytest.mark.parametrize("name", ["posix system", "torch hub.load", "builtins eval", "torch._utils _rebuild_qtensor"])
 def test_whatever_is_not_on_the_list_is_named(name, tmp_path):
     module, attribute = name.split()
     data = b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"."
@@ -76,17 +76,28 @@ def test_whatever_is_not_on_the_list_is_named(name, tmp_path):
 def test_a_refused_file_does_not_get_as_far_as_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # An import would raise.
     (tmp_path / "bad.pth").write_bytes(in_zip(("archive/data.pkl", b"\x80\x02cposix\nsystem\n.")))
-    (tmp_path / "good.pth").write_bytes(in_zip(("archive/data.pkl", pickle.dumps({}, protocol=2))))
+    old = b"\x80\x02ctorch._utils\n_rebuild_tensor\n."  # As named before version 0.4.
+    (tmp_path / "good.pth").write_bytes(in_zip(("archive/data.pkl", old)))
     with pytest.raises(InputError, match=r"posix\.system"):
         read_arrays(tmp_path / "bad.pth")
-    with pytest.raises(InputError, match=r"pip install 'dsnet_jax\[port\]', or give a \.safetensors"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[port\]', or give a \.safetensors"):
         read_arrays(tmp_path / "good.pth")
+
+
+def in_zip_before_the_beginning():
+    """Whose table of contents says of itself that it begins before the file does."""
+    data = bytearray(in_zip(("a/data.pkl", b"\x80\x02}.")))
+    place = data.rindex(b"PK\x05\x06") + 16
+    struct.pack_into("<I", data, place, struct.unpack_from("<I", data, place)[0] + 10**6)
+    return bytes(data)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (in_zip(("a/data.pkl", b""), ("a/constants.pkl", b"")), "2 pickles where torch.save writes one"),
+        (in_zip_before_the_beginning(), "Invalid argument"),
+        (b"\x80\x02\x8e" + struct.pack("<Q", 2**62), "MemoryError"),
         (in_zip(("a/code/data.pkl", b"")), "1 pickles where torch.save writes one, or TorchScript"),
         (in_zip(("a/data.pkl", b"\x80\x02}."), compression=zipfile.ZIP_DEFLATED), "compressed"),
         (in_zip(("a/data.pkl", b"\x80\x02}."))[:-30], "is not a zip file"),
@@ -96,7 +107,18 @@ def test_a_refused_file_does_not_get_as_far_as_pytorch(tmp_path, monkeypatch):
         (b"<html>not found</html>", "22 bytes that are neither"),
     ],
     # A zip file holds the time: as a name it would differ from one test process to the next.
-    ids=["two pickles", "TorchScript", "compressed", "cut", "pickle cut", "legacy cut", "empty", "text"],
+    ids=[
+        "two pickles",
+        "begins before",
+        "endless",
+        "TorchScript",
+        "compressed",
+        "cut",
+        "pickle cut",
+        "legacy cut",
+        "empty",
+        "text",
+    ],
 )
 def test_a_damaged_pth_is_told_in_one_line(data, message, tmp_path):
     (tmp_path / "x.pth").write_bytes(data)
@@ -154,11 +176,17 @@ def test_a_file_with_the_ending_of_the_other_format_is_told(tmp_path):
         read_arrays(tmp_path / "y.safetensors")
 
 
-def test_a_checksum_in_the_name_is_compared(tmp_path):
+def test_a_checksum_in_the_name_is_compared_and_other_digits_are_told(tmp_path, capsys):
     checksum = hashlib.sha256(b"weights").hexdigest()
-    for name in (f"resnet50-{checksum[:8]}.pth", "resnet50.pth", "my-net.pth", f"x-{checksum}.safetensors"):
+    sha1 = hashlib.sha1(b"weights").hexdigest()
+    names = (f"resnet50-{checksum[:8]}.pth", "resnet50.pth", "my-net.pth", f"x-{checksum}.safetensors")
+    for name in (*names, f"resnet50s-{sha1[:8]}.pth"):
         (tmp_path / name).write_bytes(b"weights")
         assert sha256_of(tmp_path / name) == checksum
+    assert capsys.readouterr().out == ""
+    (tmp_path / "model-20230101.pth").write_bytes(b"weights")  # A date.
+    assert sha256_of(tmp_path / "model-20230101.pth") == checksum
+    assert "the digits in its name begin neither its sha256 nor its sha1" in capsys.readouterr().out
     (tmp_path / "resnet50-0676ba61.pth").write_bytes(b"weights")
     with pytest.raises(InputError, match=rf"begins with {checksum[:8]}, by its name it should be 0676ba61.*7 bytes"):
         sha256_of(tmp_path / "resnet50-0676ba61.pth")
@@ -198,6 +226,19 @@ def test_what_torch_saves_is_read_in_both_its_formats(zipped, container, torch, 
     }
     for name, array in found.items():
         np.testing.assert_array_equal(array.astype(np.float64), tensors[name].detach().double().numpy())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_as_written_before_version_0_4_are_read(zipped, torch, tmp_path):
+    class Old:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor, (self.tensor._typed_storage(), 0, (2, 3), (3, 1))
+
+    torch.save({"a": Old(torch.arange(6.0))}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    np.testing.assert_array_equal(read_arrays(tmp_path / "x.pth")["a"], np.arange(6, dtype=np.float32).reshape(2, 3))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -14,7 +14,7 @@ from dsnet_jax.models.classifier import Classifier
 from dsnet_jax.models.resnet import RESNETS, Bottleneck, ResNet
 from dsnet_jax.ops.resize import resize_bilinear
 from dsnet_jax.weights.port import arrays_ported
-from dsnet_jax.weights.torchvision import STEMS, recognise
+from dsnet_jax.weights.torchvision import RELEASES, SAVED_AGAIN, STEMS, recognise
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "fcn_resnet50", "deeplabv3_resnet101")
 
@@ -138,6 +138,20 @@ def test_a_file_that_is_partial_or_another_network_is_refused(change, message, s
     with pytest.raises(InputError) as raised:
         arrays_ported(arrays, "x.pth")
     assert message in str(raised.value) and len(str(raised.value).splitlines()) <= 12
+
+
+def test_a_stem_that_is_no_kernel_is_told(shapes_of):
+    names = [theirs for _, theirs in STEMS["semseg"]]
+    arrays = deep(blank(shapes_of("resnet50")), names, (64, 64, 128)) | blank({"conv1.weight": ()})
+    with pytest.raises(InputError, match=r"conv1\.weight: shape \(\), "):
+        arrays_ported(arrays, "x")
+
+
+def test_the_files_that_were_saved_again_have_the_weights_of_the_old_ones():
+    for old, later in SAVED_AGAIN.items():
+        name, digits = later.removesuffix(".pth").split("-")
+        assert RELEASES[old] == f"{RELEASES[digits]}, as released before 2021"
+        assert name == RELEASES[digits].split()[1].strip(",").replace("-", "").lower()
 
 
 def test_names_of_another_kind_of_network_are_shown():
