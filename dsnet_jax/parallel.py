@@ -12,16 +12,21 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 # Of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+# Of jaxlib: they add float32 to a GPU's memory by comparing and swapping in a loop, hundreds of times slower than by
+# the GPU's own instruction where many add to one place (jax issue 38806, xla issue 46225).
+SLOW_SCATTER = ("0.10.2", "0.11.0")
 
 
 def configure() -> None:
-    """Sets what must be set before the first computation: the compilation cache, kept across runs, and memory.
+    """Sets what must be set before the first computation: the compilation cache, kept across runs, memory, XLA's flags.
 
     The user's own JAX_COMPILATION_CACHE_DIR wins.
     """
@@ -30,6 +35,21 @@ def configure() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "dsnet_jax" / "xla"))
     if _computes_on_cpu():
         _keep_freed_memory()
+    elif any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
+        quicken_scatter_on_cuda()
+
+
+def quicken_scatter_on_cuda() -> None:
+    """Has programs for NVIDIA GPUs add to memory by the GPU's own instruction; before a backend starts.
+
+    It takes subnormal numbers for zero. Sets XLA_FLAGS, and says so, for those jaxlib that would use something slow;
+    the user's own xla_backend_extra_options win.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jaxlib.__version__ in SLOW_SCATTER and "xla_backend_extra_options" not in flags:
+        added = "--xla_backend_extra_options=-nvptx-allow-ftz-atomics"
+        os.environ["XLA_FLAGS"] = f"{flags} {added}".strip()
+        logging.warning("XLA_FLAGS: %s is added: jaxlib %s is slow on GPUs without it", added, jaxlib.__version__)
 
 
 def _computes_on_cpu() -> bool:

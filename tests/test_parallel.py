@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dsnet_jax import parallel
+
+QUICK = "--xla_backend_extra_options=-nvptx-allow-ftz-atomics"
 
 
 def test_the_meshes_have_one_axis_over_all_devices():
@@ -56,6 +59,40 @@ def test_the_users_own_choice_of_a_cache_wins(monkeypatch, tmp_path, cache_folde
     before = jax.config.jax_compilation_cache_dir
     parallel.configure()
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize(
+    ("version", "plugins", "before", "after"),
+    [
+        ("0.10.2", ["xla_cuda13"], "", QUICK),
+        ("0.11.0", ["xla_cuda12"], "--xla_dump_to=x", f"--xla_dump_to=x {QUICK}"),
+        ("0.10.2", ["xla_cuda13"], "--xla_backend_extra_options=-a", "--xla_backend_extra_options=-a"),
+        ("0.10.1", ["xla_cuda13"], "", ""),
+        ("0.11.1", ["xla_cuda13"], "", ""),
+        ("0.10.2", ["tpu"], "", ""),
+        ("0.10.2", [], "", ""),
+    ],
+)
+def test_gpus_scatter_quickly_also_with_the_jaxlib_that_needs_to_be_told(
+    version, plugins, before, after, monkeypatch, caplog
+):
+    monkeypatch.setattr(parallel.jaxlib, "__version__", version)
+    monkeypatch.setattr(parallel, "entry_points", lambda group: [SimpleNamespace(name=name) for name in plugins])
+    monkeypatch.setattr(parallel, "_computes_on_cpu", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", before)
+    with caplog.at_level("WARNING", logger="absl"):
+        parallel.configure()
+    assert os.environ["XLA_FLAGS"] == after
+    assert (QUICK in caplog.text) == (before != after)
+
+
+def test_a_process_that_computes_on_the_cpu_of_a_machine_with_gpus_is_left_alone(monkeypatch):
+    monkeypatch.setattr(parallel.jaxlib, "__version__", "0.10.2")
+    monkeypatch.setattr(parallel, "entry_points", lambda group: [SimpleNamespace(name="xla_cuda13")])
+    monkeypatch.setattr(parallel, "_computes_on_cpu", lambda: True)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    parallel.configure()
+    assert os.environ["XLA_FLAGS"] == ""
 
 
 FAULTS = """

@@ -1,7 +1,9 @@
 """The plan of a small network for this process's eight devices, and what is read of the text of a compiler."""
 
 import math
+import os
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,9 +13,9 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model
 from dsnet_jax.plan.programs import Compiled, TooLarge, collectives_in, compile_for, lower_evaluation, lower_training
 from dsnet_jax.plan.search import Largest, largest_batch
-from dsnet_jax.plan.targets import TARGETS, Target, find_target, mesh_of
+from dsnet_jax.plan.targets import COMPILER_OPTIONS, TARGETS, Target, find_target, mesh_of
 from dsnet_jax.summary import parts_of
-from dsnet_jax.training.program import step_of
+from dsnet_jax.training.program import check_shares, step_of
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -110,8 +112,8 @@ def test_a_compiler_that_is_not_installed_is_told_in_one_line_with_the_extra(mon
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.\nSee elsewhere")
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
-    for variable in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.setenv(variable, "")  # What is set for libtpu is put back.
+    for variable in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "XLA_FLAGS"):
+        monkeypatch.setenv(variable, "")  # What is set for the compilers is put back.
     with pytest.raises(InputError, match=rf"'\.\[{extra}\]'") as error:
         mesh_of(TARGETS[name])
     assert "\n" not in str(error.value) and error.value.exit_code == 2
@@ -227,9 +229,9 @@ def test_evaluation_is_planned_for_the_batch_that_is_evaluated(config, capsys):
 @pytest.mark.parametrize(
     "batch_size, per_device, parts, message",
     [
-        (12, None, 1, "config.data.batch_size is 12, which 8 devices cannot share equally"),
-        (16, 0, 1, "0 images a device"),
-        (16, 3, 2, "3 images a device: a multiple of 2"),
+        (12, None, 1, "config.data.batch_size is 12, which 8 devices cannot share equally: choose a multiple of 8"),
+        (16, 0, 1, "--batch-per-device is 0: 1 or more is needed"),
+        (16, 3, 2, "config.data.batch_size is 24, which 8 devices cannot share equally in 2 parts each"),
     ],
 )
 def test_a_batch_that_cannot_be_shared_is_refused(config, batch_size, per_device, parts, message):
@@ -237,6 +239,39 @@ def test_a_batch_that_cannot_be_shared_is_refused(config, batch_size, per_device
     with pytest.raises(InputError, match=message) as error:
         plan.plan(config, "cpu", per_device)
     assert error.value.exit_code == 2
+
+
+def test_a_plan_refuses_a_single_image_at_a_time_as_training_does(config):
+    config.data.batch_size, config.training.accumulation_steps = 4, 4
+    with pytest.raises(InputError, match=r"batch_size is 4 and .* 4, which leaves a single image at a time") as error:
+        check_shares(config, devices=1)
+    assert error.value.exit_code == 2
+
+
+def test_no_image_a_device_is_refused_for_an_evaluation_too(config):
+    with pytest.raises(InputError, match=r"^--batch-per-device is 0: 1 or more is needed$"):
+        plan.plan(config, "cpu", 0, evaluation=True)
+
+
+def test_an_evaluation_is_planned_on_the_canvas_that_it_is_computed_on(config, mesh):
+    config.data.crop_size_hw = (544, 513)  # The fixed list of canvases goes from 512 to 576.
+    (_, images, *_), _ = lower_evaluation(config, build_model(config.model, 3), mesh).args_info
+    assert images.shape == (8, 544, 544, 3)
+
+
+def test_what_only_a_plan_is_compiled_with_is_said(config, capsys, monkeypatch, compiled_by_a_formula):
+    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", {"xla_some_option": False})
+    plan.plan(config, "cpu", num_classes=3)
+    assert "compiled with xla_some_option=False, which is needed where no such device is" in capsys.readouterr().out
+
+
+def test_a_plan_for_gpus_is_compiled_with_the_flag_of_a_run(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr("jaxlib.__version__", "0.10.2")
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **_: SimpleNamespace(devices=[]))
+    monkeypatch.setattr(parallel, "mesh_over", lambda devices: devices)
+    mesh_of(TARGETS["h100:8"])
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_extra_options=-nvptx-allow-ftz-atomics"
 
 
 def test_the_mesh_of_the_cpu_is_that_of_training(mesh):

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 from dsnet_jax.ops.precision import at_least_float32
 from dsnet_jax.ops.taps import Taps
 
+# Of products that stand for reading a cell or adding to it: by JAX's default a TPU rounds float32 to bfloat16, and an
+# NVIDIA GPU may to TF32. Products with the kernel have the default, as a convolution's have.
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def forward(features: jax.Array, taps: Taps) -> jax.Array:
     """As `sampling_by_gather.forward`."""
@@ -24,7 +28,7 @@ def forward(features: jax.Array, taps: Taps) -> jax.Array:
         def add_band(sample, band):
             cells, first_row = band
             (y, _), (x, _) = _hats(points, first_row, bands.shape[2] // width, width)
-            return sample + _multiply("bnm,bmc->bnc", _outer(y, x), cells), None
+            return sample + _multiply("bnm,bmc->bnc", _outer(y, x), cells, HIGHEST), None
 
         zero = at_least_float32(jnp.zeros((batch, height * width, features.shape[-1]), features.dtype))
         sample, _ = jax.lax.scan(add_band, zero, (bands, first_rows))
@@ -51,9 +55,10 @@ def backward(features: jax.Array, taps: Taps, cotangent: jax.Array) -> tuple[jax
             cells, first_row, by_cells = band
             (y, y_slope), (x, x_slope) = _hats(points, first_row, bands.shape[2] // width, width)
             weights = _outer(y, x)
-            sample += _multiply("bnm,bmc->bnc", weights, cells)
-            by_cells += _multiply("bnm,bnc->bmc", weights.astype(features.dtype), by_read.astype(features.dtype))
-            by_weights = _multiply("bnc,bmc->bnm", by_sample, cells)
+            sample += _multiply("bnm,bmc->bnc", weights, cells, HIGHEST)
+            weights_of_cells, read = weights.astype(features.dtype), by_read.astype(features.dtype)
+            by_cells += _multiply("bnm,bnc->bmc", weights_of_cells, read, HIGHEST)
+            by_weights = _multiply("bnc,bmc->bnm", by_sample, cells, HIGHEST)
             by_y += jnp.sum(by_weights * _outer(y_slope, x), axis=-1)
             by_x += jnp.sum(by_weights * _outer(y, x_slope), axis=-1)
             by_factor += jnp.sum(by_weights * weights, axis=-1)
@@ -104,8 +109,9 @@ def _outer(y: jax.Array, x: jax.Array) -> jax.Array:
     return (y[..., :, None] * x[..., None, :]).reshape(*y.shape[:2], -1)
 
 
-def _multiply(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`einsum` in the narrower type of the two, added up in float32 or wider."""
+def _multiply(equation: str, a: jax.Array, b: jax.Array, of_float32: jax.lax.Precision | None = None) -> jax.Array:
+    """`einsum` in the narrower type of the two, added up in float32 or wider; `of_float32` where it is not narrower."""
     dtype = a.dtype if jnp.finfo(a.dtype).bits < jnp.finfo(b.dtype).bits else b.dtype
     precise = jnp.promote_types(dtype, jnp.float32)
-    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=precise)
+    precision = of_float32 if dtype == precise else None
+    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=precise)

@@ -8,9 +8,10 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model
 from dsnet_jax.plan.programs import Compiled, TooLarge, compile_for, lower_evaluation, lower_training
 from dsnet_jax.plan.search import largest_batch
-from dsnet_jax.plan.targets import Target, find_target, mesh_of
+from dsnet_jax.plan.targets import COMPILER_OPTIONS, Target, find_target, mesh_of
 from dsnet_jax.progress import duration
 from dsnet_jax.summary import classes_of, parts_of
+from dsnet_jax.training.program import check_shares
 
 
 def plan(
@@ -45,6 +46,9 @@ def plan(
         f"{program} of {config.model.name}, {config.model.backbone}, {model.num_classes} classes, {height}x{width}, "
         f"{config.model.dtype}, on {target_name}: {devices} devices, {batch_per_device} images each"
     )
+    if options := COMPILER_OPTIONS[target.platform]:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        print(f"compiled with {given}, which is needed where no such device is; a run does without")
     parts = parts_of(model, config.data.crop_size_hw, train=not evaluation)
     # The backward pass has two products for each of the forward pass: by the inputs and by the kernel.
     flops = 2 * (1 if evaluation else 3) * sum(part.multiply_adds for part in parts)
@@ -87,25 +91,15 @@ def plan(
 
 
 def _share(config: ConfigDict, devices: int, batch_per_device: int | None, evaluation: bool) -> int:
+    if batch_per_device is not None and batch_per_device < 1:
+        raise InputError(f"--batch-per-device is {batch_per_device}: 1 or more is needed", exit_code=2)
     if evaluation:
-        given = -(-config.evaluation.batch_size // devices)  # As `dsnet evaluate` rounds it.
-        parts = 1
-    else:
-        given, rest = divmod(config.data.batch_size, devices)
-        parts = config.training.accumulation_steps
-        if rest and batch_per_device is None:
-            raise InputError(
-                f"config.data.batch_size is {config.data.batch_size}, which {devices} devices cannot share equally: "
-                "choose a multiple, or give --batch-per-device",
-                exit_code=2,
-            )
-    batch = given if batch_per_device is None else batch_per_device
-    if batch < 1 or batch % parts:
-        raise InputError(
-            f"{batch} images a device: a multiple of {parts} (config.training.accumulation_steps) is needed",
-            exit_code=2,
-        )
-    return batch
+        return batch_per_device or -(-config.evaluation.batch_size // devices)  # As `dsnet evaluate` rounds it.
+    if batch_per_device is not None:
+        config = config.copy_and_resolve_references()
+        config.data.batch_size = batch_per_device * devices
+    check_shares(config, devices)
+    return config.data.batch_size // devices
 
 
 def _measured(target: Target, found: Compiled | TooLarge) -> tuple[float, bool]:

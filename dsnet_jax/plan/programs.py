@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsnet_jax import parallel
-from dsnet_jax.evaluation.canvases import canvas_hw
+from dsnet_jax.evaluation.canvases import up_to_multiple
 from dsnet_jax.evaluation.inference import segment
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE
 from dsnet_jax.experiment import initial_variables
@@ -75,7 +75,7 @@ def lower_training(config: ConfigDict, model: nn.Module, mesh: Mesh) -> jax.stag
 
 def lower_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> jax.stages.Lowered:
     """The program that `dsnet evaluate` compiles for labelled images of the size of a training crop."""
-    size, canvas = config.evaluation.batch_size, canvas_hw(config.data.crop_size_hw)
+    size, canvas = config.evaluation.batch_size, tuple(up_to_multiple(side) for side in config.data.crop_size_hw)
     whole, split = parallel.replicated(mesh), parallel.split_by_batch(mesh)
     variables = jax.eval_shape(partial(initial_variables, model))
     variables = jax.tree.map(lambda leaf: leaf.update(sharding=whole), variables)

@@ -113,6 +113,7 @@ def mesh_of(target: Target) -> Mesh:
 
 def _describe(target: Target) -> list[Any]:
     if target.platform == "cuda":
+        parallel.quicken_scatter_on_cuda()  # As training on these devices does.
         options = {"target_config": H100, "topology": target.topology}
         return topologies.get_topology_desc(platform="cuda", topology_name="h100", **options).devices
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu asks the machine what it is, and waits long where that is no TPU.

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from dsnet_jax import parallel
 from dsnet_jax.checkpoints import leaf_name, named_leaves
@@ -34,11 +35,11 @@ def init_from(workdir: str, fresh: dict[str, Any], spec: DatasetSpec) -> tuple[d
       Variables like `fresh`, on the host; the names of the arrays that start anew; and of those that are not used.
 
     Raises:
-      InputError: there is no such run, or its network is another one: arrays of one name differ in shape, or a ported
+      InputError: there is no such run, or its network is another one: arrays of one name differ in shape, or the
         backbone has others.
     """
-    backbone_only = is_ported_backbone(workdir)
-    if backbone_only:
+    check_there(workdir)
+    if is_ported_backbone(workdir):
         ported = load_backbone(workdir, parallel.replicated(parallel.local_mesh()))
         given = dict(named_leaves({kind: {"backbone": tree} for kind, tree in ported.items()}))
         same_classes, advice = True, "choose config.model.backbone and .stem as they are there"
@@ -55,7 +56,7 @@ def init_from(workdir: str, fresh: dict[str, Any], spec: DatasetSpec) -> tuple[d
 
     def choose(path: tuple, leaf: Any) -> np.ndarray:
         name = leaf_name(path)
-        if backbone_only and name.split("/")[1] == "backbone" and name not in given:
+        if _of_backbone(name) and name not in given:
             different.append(f"{name}: none there, {leaf.shape} wanted")
         if name not in given or (not same_classes and HEAD in name.split("/")):
             new.append(name)
@@ -66,14 +67,27 @@ def init_from(workdir: str, fresh: dict[str, Any], spec: DatasetSpec) -> tuple[d
 
     variables = jax.tree_util.tree_map_with_path(choose, fresh)
     unused = sorted(given.keys() - {name for name, _ in named_leaves(fresh)})
-    if backbone_only:
-        different += [f"{name}: {given[name].shape} there, none wanted" for name in unused]
+    # Otherwise a backbone of another depth or stem would be part trained, part random.
+    different += [f"{name}: {given[name].shape} there, none wanted" for name in filter(_of_backbone, unused)]
     if different:
         raise InputError(
             f"config.init_from: the network of {workdir} is another one, {len(different)} arrays differ: {advice}\n"
             + "\n".join(different[:10])
         )
     return variables, new, unused
+
+
+def _of_backbone(name: str) -> bool:
+    return name.split("/")[1] == "backbone"
+
+
+def check_there(workdir: str) -> None:
+    """Raises InputError, which says what to do, where there is nothing to start from."""
+    if not epath.Path(workdir).exists():
+        raise InputError(
+            f"config.init_from: {workdir} is not there: make it with `dsnet port` (docs/porting.md) or `dsnet train`, "
+            "or give --config.init_from= for weights drawn from the seed"
+        )
 
 
 def in_short(names: list[str]) -> str:

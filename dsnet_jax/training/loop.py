@@ -26,11 +26,11 @@ from dsnet_jax.evaluation.metrics import score
 from dsnet_jax.experiment import build_model, steps_per_epoch
 from dsnet_jax.progress import duration
 from dsnet_jax.stopping import Request, Stopped, deferred
-from dsnet_jax.training.init_from import in_short, init_from
-from dsnet_jax.training.memory import out_of_memory_explained
+from dsnet_jax.training.init_from import check_there, in_short, init_from
+from dsnet_jax.training.memory import advice_for_evaluation, advice_for_step, out_of_memory_explained
 from dsnet_jax.training.metrics_log import MetricsLog, describe, summarise
 from dsnet_jax.training.pace import Pace
-from dsnet_jax.training.program import StepFunction, lower_step, step_of
+from dsnet_jax.training.program import StepFunction, check_shares, lower_step, step_of
 from dsnet_jax.training.step import Batch, Metrics, TrainState
 from dsnet_jax.workdir import check_workdir, claim_workdir, locked_workdir
 
@@ -48,20 +48,26 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     mesh = parallel.global_mesh()
     split, held_out = _open_splits(config)
-    epoch = steps_per_epoch(config, len(split))
-    _check_shares(config, mesh.size)
+    # What can be refused at once comes first: decoding takes long, and a workdir that is claimed keeps its config.
     model = build_model(config.model, split.spec.num_classes)
+    epoch = steps_per_epoch(config, len(split))
+    steps = config.training.epochs * epoch
+    from_seed, step_function = step_of(config, model, steps)
+    check_shares(config, mesh.size)
+    if config.init_from and check_workdir(workdir, config, split.spec) is None:  # A run that goes on does without.
+        check_there(config.init_from)
+    if config.data.cache_decoded_gb:
+        folder, limit = Path(config.data.root) / config.data.name / "decoded", int(config.data.cache_decoded_gb * 1e9)
+        split, held_out = decoded_once(split, folder, limit), decoded_once(held_out, folder, limit)
     with (
         processes.main_process_first(locked_workdir(workdir)),
         deferred() as stop,
-        out_of_memory_explained(config, mesh.size),
+        out_of_memory_explained(advice_for_step(config, mesh.size)),
     ):
         _claim(config, workdir, split)
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-            run = _Run(
-                config, workdir, split, held_out, epoch, config.training.epochs * epoch, model, checkpoints, stop
-            )
-            run.go(mesh)
+            run = _Run(config, workdir, split, held_out, epoch, steps, model, checkpoints, stop)
+            run.go(from_seed, step_function, mesh)
 
 
 def _open_splits(config: ConfigDict) -> tuple[Split, Split]:
@@ -73,25 +79,7 @@ def _open_splits(config: ConfigDict) -> tuple[Split, Split]:
             f"split {held_out.name!r} of {held_out.spec.name} has no labels to score: choose another "
             "config.data.eval_split"
         )
-    if config.data.cache_decoded_gb:
-        folder, limit = Path(config.data.root) / config.data.name / "decoded", int(config.data.cache_decoded_gb * 1e9)
-        split, held_out = decoded_once(split, folder, limit), decoded_once(held_out, folder, limit)
     return split, held_out
-
-
-def _check_shares(config: ConfigDict, devices: int) -> None:
-    parts = config.training.accumulation_steps
-    if config.data.batch_size % (devices * parts):
-        raise InputError(
-            f"config.data.batch_size is {config.data.batch_size}, which {devices} devices cannot share equally"
-            + (f" in {parts} parts each (config.training.accumulation_steps)" if parts > 1 else "")
-            + f": choose a multiple of {devices * parts}"
-        )
-    if config.data.batch_size == parts:
-        raise InputError(
-            f"config.training.accumulation_steps is {parts}, which leaves a single image at a time: image pooling is "
-            "normalised over the images, 2 or more are needed"
-        )
 
 
 def _claim(config: ConfigDict, workdir: epath.PathLike, split: Split) -> None:
@@ -140,8 +128,7 @@ class _Run:
     under_way: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def go(self, mesh: Mesh) -> None:
-        from_seed, step_function = step_of(self.config, self.model, self.steps)
+    def go(self, from_seed: Callable[[], TrainState], step_function: StepFunction, mesh: Mesh) -> None:
         self.start(from_seed, mesh)
         start = int(self.state.step)
         # A run that was stopped in an evaluation repeats it, as it has to be known which step is the best.
@@ -231,16 +218,15 @@ class _Run:
                         log.write(step, scalars)
                     _say(describe(step, self.steps, self.epoch, scalars))
                     self.checkpoints.check()
-                if saves or signal:
-                    # Before the evaluation, which may take long: the state is safe by then.
-                    about = self.provenance() | {"unlogged": [*self.unlogged]}
-                    self.checkpoints.save(step, self.state.to_trees(), about)
-                if signal:
-                    self.end(step, signal)
-                if self.evaluates_at(step):
-                    self.evaluate(step, log)
-                if saves:
-                    pace.resume()
+                with pace.paused():
+                    if saves or signal:
+                        # Before the evaluation, which may take long: the state is safe by then.
+                        about = self.provenance() | {"unlogged": [*self.unlogged]}
+                        self.checkpoints.save(step, self.state.to_trees(), about)
+                    if signal:
+                        self.end(step, signal)
+                    if self.evaluates_at(step):
+                        self.evaluate(step, log)
 
     def evaluates_at(self, step: int) -> bool:
         return step == self.steps or step % (self.config.training.evaluate_every_epochs * self.epoch) == 0
@@ -248,7 +234,8 @@ class _Run:
     def evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Scores the state and notes what it scored; its checkpoint is there or under way."""
         try:
-            found = evaluate(self.model, self.state.for_evaluation, self.held_out, self.config, stop=self.stop)
+            with out_of_memory_explained(advice_for_evaluation(self.config)):
+                found = evaluate(self.model, self.state.for_evaluation, self.held_out, self.config, stop=self.stop)
         except Stopped as stopped:
             self.end(step, stopped.signal)
         scores = score(found.matrix)

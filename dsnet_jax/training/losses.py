@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dsnet_jax.ops import resize_bilinear
 from dsnet_jax.ops.precision import at_least_float32
@@ -33,7 +32,7 @@ def cross_entropy(
         the number of the whole batch makes the result its share of the mean: the parts add up to it exactly.
 
     Returns:
-      A scalar; 0 where no pixel has a label.
+      A scalar; 0 where no pixel has a label, NaN where a label is no class.
     """
     if pixels is None:
         pixels = labelled_pixels(labels, ignore_label)
@@ -53,9 +52,12 @@ def cross_entropy(
         values = jnp.einsum("oh,bhwk->bowk", band_weights, logits, precision=jax.lax.Precision.HIGHEST)
         values = resize_bilinear(values, (band_rows, columns))
         labelled = band_labels != ignore_label
-        # Replaced before the loss is taken: the loss of class 255 is NaN, and NaN times a mask stays NaN.
-        classes = jnp.where(labelled, band_labels, 0).astype(jnp.int32)
-        per_pixel = optax.softmax_cross_entropy_with_integer_labels(values, classes)
+        values -= jax.lax.stop_gradient(jnp.max(values, axis=-1, keepdims=True))  # No exponential overflows.
+        # Picked by comparison, not by index: that would gather in the loss and scatter in its gradient, slow on a TPU.
+        is_class = band_labels[..., None] == jnp.arange(values.shape[-1])
+        of_class = jnp.sum(jnp.where(is_class, values, 0), axis=-1)
+        per_pixel = jnp.log(jnp.sum(jnp.exp(values), axis=-1)) - of_class
+        per_pixel = jnp.where(band_labels < values.shape[-1], per_pixel, jnp.nan)  # A label that is no class is told.
         return total + jnp.sum(jnp.where(labelled, per_pixel, 0), axis=(1, 2)), None
 
     # A sum an image, so that devices which share the batch need not add up theirs at every band.

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -17,15 +17,14 @@ _FIGURES = (
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(config: ConfigDict, devices: int) -> Iterator[None]:
+def out_of_memory_explained(advice: Sequence[str]) -> Iterator[None]:
     """Turns what XLA raises when memory does not suffice, in compilation or later, into one line.
 
     Args:
-      config: of the experiment.
-      devices: how many share a batch.
+      advice: what would lower the need, each a field or a flag.
 
     Raises:
-      InputError: in place of XLA's error; it names the compiler's figure and the fields that would lower it.
+      InputError: in place of XLA's error; it has the compiler's figure and the advice.
     """
     try:
         yield
@@ -34,14 +33,27 @@ def out_of_memory_explained(config: ConfigDict, devices: int) -> Iterator[None]:
             raise
         text = " ".join(str(error).split())
         figure = next((found[0] for pattern in _FIGURES if (found := re.search(pattern, text))), text[:200])
-        parts = config.training.accumulation_steps
-        images = config.data.batch_size // (devices * parts)
-        height, width = config.data.crop_size_hw
-        advice = [f"fewer images at a time ({images} a device now: a smaller config.data.batch_size, or a larger"]
-        advice[0] += f" config.training.accumulation_steps, {parts} now)"
-        advice.append(f"smaller crops (config.data.crop_size_hw, {height}x{width} now)")
-        if config.training.remat != "blocks":
-            advice.append("config.training.remat=blocks")
-        if config.model.dtype == "float32":
-            advice.append("config.model.dtype=bfloat16")
         raise InputError(f"out of memory: {figure}: what helps is {', '.join(advice)}") from error
+
+
+def advice_for_step(config: ConfigDict, devices: int) -> list[str]:
+    """The fields that lower what a training step needs, whose batch so many devices share."""
+    parts = config.training.accumulation_steps
+    images = config.data.batch_size // (devices * parts)
+    height, width = config.data.crop_size_hw
+    advice = [f"fewer images at a time ({images} a device now: a smaller config.data.batch_size, or a larger"]
+    advice[0] += f" config.training.accumulation_steps, {parts} now)"
+    advice.append(f"smaller crops (config.data.crop_size_hw, {height}x{width} now)")
+    if config.training.remat != "blocks":
+        advice.append("config.training.remat=blocks")
+    return advice + _narrower(config)
+
+
+def advice_for_evaluation(config: ConfigDict) -> list[str]:
+    """The fields that lower what the evaluations of a run need."""
+    batch_size = config.evaluation.batch_size
+    return [f"fewer images at a time (config.evaluation.batch_size, {batch_size} now)", *_narrower(config)]
+
+
+def _narrower(config: ConfigDict) -> list[str]:
+    return ["config.model.dtype=bfloat16"] if config.model.dtype == "float32" else []

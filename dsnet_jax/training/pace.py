@@ -1,6 +1,8 @@
 """How fast a run is."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 
 class Pace:
@@ -23,6 +25,9 @@ class Pace:
         self.waited, self._step, self._since = 0.0, step, now
         return figures
 
-    def resume(self) -> None:
-        """Starts the clock again after something that is not training."""
-        self._since = time.monotonic()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, time does not count: steps before and after it share one lap."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began

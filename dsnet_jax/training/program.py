@@ -51,6 +51,28 @@ def step_of(config: ConfigDict, model: nn.Module, steps: int) -> tuple[Callable[
     return partial(initial_state, model, optimizer, config.seed, training.ema_decay), step_function
 
 
+def check_shares(config: ConfigDict, devices: int) -> None:
+    """Refuses a batch that the devices cannot share equally, in `accumulation_steps` parts of two images or more.
+
+    Raises:
+      InputError: `config.data.batch_size` is such a batch; exit code 2.
+    """
+    size, parts = config.data.batch_size, config.training.accumulation_steps
+    if size % (devices * parts):
+        raise InputError(
+            f"config.data.batch_size is {size}, which {devices} devices cannot share equally"
+            + (f" in {parts} parts each (config.training.accumulation_steps)" if parts > 1 else "")
+            + f": choose a multiple of {devices * parts}",
+            exit_code=2,
+        )
+    if size == parts:
+        raise InputError(
+            f"config.data.batch_size is {size} and config.training.accumulation_steps {parts}, which leaves a single "
+            "image at a time: image pooling is normalised over the images, 2 or more are needed",
+            exit_code=2,
+        )
+
+
 def lower_step(config: ConfigDict, step_function: StepFunction, state: TrainState, mesh: Mesh) -> jax.stages.Lowered:
     """The step for batches of `config.data.batch_size` crops over the devices of `mesh`, ready to be compiled.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsnet_jax.ops import dynamic_sampling_conv
@@ -44,6 +45,24 @@ def test_the_gradient_keeps_the_arguments_alone():
     _, pullback = jax.vjp(dynamic_sampling_conv, *arguments)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pullback) if isinstance(leaf, jax.Array))
     assert kept == sum(array.nbytes for array in arguments)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, 4), (jnp.bfloat16, 0)])
+def test_products_that_stand_for_reading_keep_all_bits_of_float32(dtype, exact):
+    """One of the forward pass and three of the backward pass; by the kernel there are one and two."""
+
+    def precisions(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive is jax.lax.dot_general_p:
+                yield equation.params["precision"]
+            for program in jaxprs_in_params(equation.params):
+                yield from precisions(program)
+
+    shapes = ((1, 4, 5, 3), dtype), ((1, 4, 5, 9, 2), jnp.float32), ((3, 3, 3, 2), jnp.float32)
+    gradient = jax.grad(partial(loss, formulation="hat"), (0, 1, 2))
+    found = list(precisions(jax.make_jaxpr(gradient)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).jaxpr))
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert (found.count(highest), found.count(None)) == (exact, 7 - exact)
 
 
 def test_the_platform_decides_on_the_formulation_unless_the_caller_does():

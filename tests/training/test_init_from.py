@@ -68,11 +68,41 @@ def test_deep_supervision_that_the_other_run_has_not_is_new(random_run, small_co
     assert new and all("auxiliary" in name for name in new)
 
 
+def test_what_is_not_there_is_told_with_what_to_do(tmp_path, spec):
+    message = r"/none is not there: make it with `dsnet port` .* or give --config.init_from= for weights drawn"
+    with pytest.raises(InputError, match=message):
+        init_from(str(tmp_path / "none"), {}, spec)
+
+
+def test_weights_that_are_not_there_are_told_before_the_workdir_is_claimed(small_config, tmp_path):
+    small_config.init_from = str(tmp_path / "none")
+    with pytest.raises(InputError, match="/none is not there"):
+        train(small_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_network_is_refused_and_its_arrays_are_named(random_run, small_config, spec):
     small_config.model.width = 16
     with pytest.raises(InputError, match=r"network of .* is another one, \d+ arrays differ") as raised:
         init_from(str(random_run), fresh_variables(small_config, 3), spec)
     assert 2 <= len(str(raised.value).splitlines()) <= 11
+
+
+@pytest.mark.parametrize("there", ["more blocks", "fewer blocks"])
+def test_a_run_with_another_backbone_is_refused(there, random_run, small_config, spec):
+    """Otherwise some of its blocks would be trained, and others random."""
+    fresh = fresh_variables(small_config, 3)
+    for tree in fresh.values():
+        backbone = tree["backbone"]
+        if there == "more blocks":
+            del backbone["stage5_block0"]
+        else:
+            backbone["stage5_block1"] = backbone["stage5_block0"]
+    with pytest.raises(InputError, match=r"choose a run with the same config\.model") as raised:
+        init_from(str(random_run), fresh, spec)
+    block, what = {"more blocks": ("block0", "none wanted"), "fewer blocks": ("block1", "none there")}[there]
+    lines = str(raised.value).splitlines()[1:]
+    assert lines and all(f"backbone/stage5_{block}/" in line and what in line for line in lines)
 
 
 def test_a_run_starts_from_the_weights_of_another_and_goes_on_from_its_own(random_run, small_config, tmp_path, capsys):

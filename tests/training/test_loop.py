@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import jax
@@ -25,7 +26,7 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import evaluate as evaluation
 from dsnet_jax.evaluation.evaluate import evaluate_run
 from dsnet_jax.stopping import Stopped
-from dsnet_jax.training import loop
+from dsnet_jax.training import loop, pace
 from dsnet_jax.training.loop import train
 from dsnet_jax.training.metrics_log import TIMES, summarise
 from dsnet_jax.workdir import claim_workdir, locked_workdir
@@ -357,6 +358,38 @@ def test_the_mean_loss_is_logged_where_not_every_step_is(full_run, small_config,
         assert line["learning_rate"] == of_step[step]["learning_rate"]
 
 
+def test_an_evaluation_between_two_lines_of_the_log_is_not_in_their_figures(small_config, tmp_path, monkeypatch):
+    """By a clock that a batch puts forward by a second, and an evaluation by a thousand."""
+    clock = SimpleNamespace(now=0)
+    original = loop.train_batches
+
+    def batches(*arguments):
+        for batch in original(*arguments):
+            clock.now += 1
+            yield batch
+
+    def evaluate(*_, **__):
+        clock.now += 1000
+        return SimpleNamespace(matrix=np.ones((3, 3), int))
+
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(loop, "train_batches", batches)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    small_config.training.log_every_steps = 2
+    train(small_config, tmp_path)
+    assert [line["seconds_per_step"] for line in lines(tmp_path) if "loss" in line] == [1, 1, 1]
+
+
+def test_an_evaluation_that_memory_does_not_suffice_for_is_told_its_own_fields(small_config, tmp_path, monkeypatch):
+    def evaluate(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.43GiB.")
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(InputError, match=r"12\.43GiB: what helps .*config\.evaluation\.batch_size, 8 now") as raised:
+        train(small_config, tmp_path)
+    assert "data.batch_size" not in str(raised.value)
+
+
 def test_another_config_is_refused_in_the_same_workdir(full_run, small_config):
     small_config.optimizer.base_lr = 0.2
     small_config.training.epochs = 3
@@ -448,17 +481,24 @@ def test_a_second_run_in_the_workdir_is_refused_before_anything_is_compiled(full
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "field, value, message",
     [
-        ({"batch_size": 12}, "batch_size is 12, which 8 devices cannot share equally: choose a multiple of 8"),
-        ({"batch_size": 32}, "batch_size is 32, split 'train' of rooms has 27 images"),
-        ({"name": "streets"}, "'streets' is not prepared: run `dsnet prepare folder --name=streets"),
-        ({"train_split": "training"}, "no split 'training'"),
-        ({"eval_split": "test"}, "'test' of rooms has no labels to score"),
+        ("data.batch_size", 12, "batch_size is 12, which 8 devices cannot share equally: choose a multiple of 8"),
+        ("data.batch_size", 32, "batch_size is 32, split 'train' of rooms has 27 images"),
+        ("data.name", "streets", "'streets' is not prepared: run `dsnet prepare folder --name=streets"),
+        ("data.train_split", "training", "no split 'training'"),
+        ("data.eval_split", "test", "'test' of rooms has no labels to score"),
+        ("model.backbone", "resnet19", "config.model.backbone is 'resnet19'"),
+        ("training.remat", "block", "config.training.remat is 'block'"),
+        ("training.accumulation_steps", 2, "cannot share equally in 2 parts each"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(small_config, tmp_path, fields, message):
-    small_config.data.update(fields)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    small_config, tmp_path, monkeypatch, field, value, message
+):
+    small_config.update_from_flattened_dict({field: value})
+    small_config.data.cache_decoded_gb = 0.01  # Which takes long, and comes last.
+    monkeypatch.setattr(loop, "decoded_once", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(InputError) as raised:
         train(small_config, tmp_path / "run")
     assert message in str(raised.value) and "\n" not in str(raised.value)

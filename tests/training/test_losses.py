@@ -87,6 +87,24 @@ def test_bands_of_rows_make_the_loss_of_the_whole_and_its_gradient(rows):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
 
 
+def test_a_label_that_is_no_class_is_no_number():
+    logits, labels = jnp.zeros((1, 4, 4, CLASSES)), np.zeros((1, 8, 8), np.uint8)
+    assert jnp.isfinite(cross_entropy(logits, jnp.asarray(labels)))
+    labels[0, 3, 5] = CLASSES
+    assert jnp.isnan(cross_entropy(logits, jnp.asarray(labels)))
+
+
+def test_the_program_has_no_gather_and_no_scatter():
+    """Which a TPU does one row after another."""
+    shapes = (
+        jax.ShapeDtypeStruct((2, 9, 3, CLASSES), jnp.float32),
+        jax.ShapeDtypeStruct((2, 2 * BAND_ROWS, 8), jnp.uint8),
+    )
+    text = jax.jit(jax.value_and_grad(cross_entropy)).lower(*shapes).as_text()
+    assert "stablehlo.while" in text
+    assert "stablehlo.gather" not in text and "stablehlo.scatter" not in text
+
+
 def test_logits_at_the_resolution_of_the_labels_never_exist():
     """Nothing of a compiled gradient is as large; there would be several of them."""
     shapes = jax.ShapeDtypeStruct((2, 32, 32, 40), jnp.float32), jax.ShapeDtypeStruct((2, 512, 256), jnp.uint8)

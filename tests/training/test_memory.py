@@ -6,7 +6,7 @@ import pytest
 
 from dsnet_jax.config import default_config
 from dsnet_jax.errors import InputError
-from dsnet_jax.training.memory import out_of_memory_explained
+from dsnet_jax.training.memory import advice_for_evaluation, advice_for_step, out_of_memory_explained
 
 TPU = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
 Used 17.54G of 15.75G hbm. Exceeded hbm capacity by 1.79G.
@@ -19,7 +19,7 @@ GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.43GiB. [tf-
 
 def test_memory_that_the_machine_does_not_have_is_one_line_with_figure_and_remedies():
     config = default_config()
-    with pytest.raises(InputError) as raised, out_of_memory_explained(config, devices=8):
+    with pytest.raises(InputError) as raised, out_of_memory_explained(advice_for_step(config, 8)):
         jax.block_until_ready(jax.jit(lambda: jnp.ones((1 << 45,)) + 1)())
     message = str(raised.value)
     assert message.startswith("out of memory: ") and "140737488355" in message
@@ -37,7 +37,7 @@ def test_memory_that_the_machine_does_not_have_is_one_line_with_figure_and_remed
 def test_the_compilers_figure_is_told_and_each_field_with_its_value(error, figure):
     config = default_config()
     config.training.accumulation_steps = 2
-    with pytest.raises(InputError) as raised, out_of_memory_explained(config, devices=4):
+    with pytest.raises(InputError) as raised, out_of_memory_explained(advice_for_step(config, 4)):
         raise jax.errors.JaxRuntimeError(error)
     assert str(raised.value) == (
         f"out of memory: {figure}: what helps is fewer images at a time (4 a device now: a smaller "
@@ -49,11 +49,19 @@ def test_the_compilers_figure_is_told_and_each_field_with_its_value(error, figur
 def test_what_a_run_has_already_is_not_recommended():
     config = default_config()
     config.model.dtype, config.training.remat = "bfloat16", "blocks"
-    with pytest.raises(InputError) as raised, out_of_memory_explained(config, devices=1):
-        raise jax.errors.JaxRuntimeError(GPU)
-    assert "bfloat16" not in str(raised.value) and "remat" not in str(raised.value)
+    assert not any("bfloat16" in advice or "remat" in advice for advice in advice_for_step(config, 1))
+    assert not any("bfloat16" in advice for advice in advice_for_evaluation(config))
+
+
+def test_an_evaluation_is_advised_on_its_own_batch():
+    config = default_config()
+    config.evaluation.batch_size = 6
+    assert advice_for_evaluation(config) == [
+        "fewer images at a time (config.evaluation.batch_size, 6 now)",
+        "config.model.dtype=bfloat16",
+    ]
 
 
 def test_other_errors_stay_as_they_are():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), out_of_memory_explained(default_config(), 1):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), out_of_memory_explained([]):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

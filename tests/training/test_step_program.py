@@ -40,6 +40,16 @@ def test_the_program_of_eight_devices_reduces_and_gathers_nothing(tiny_backbone,
         assert collective not in text
 
 
+def test_the_step_of_a_tpu_has_no_gather_and_no_scatter(tiny_backbone):
+    """Which a TPU does one row after another."""
+    model = DSNet(tiny_backbone(), 3, width=8)
+    step = jax.jit(make_train_step(model, OPTIMIZER, SCHEDULE, 0, 0.4))
+    state = jax.eval_shape(lambda: initial_state(model, OPTIMIZER, 0))
+    text = step.trace(state, batch_shapes()).lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.dot_general" in text
+    assert "stablehlo.gather" not in text and "stablehlo.scatter" not in text
+
+
 def test_a_float64_network_computes_nothing_in_float32(tiny_backbone):
     """Of the scope of the network and of its gradient: only what it is compared by is precise throughout."""
 
