@@ -1,6 +1,6 @@
 """How fast the parts of dsnet_jax are, beside what PyTorch offers for the same.
 
-    python scripts/benchmark.py network --peer-python=/venv/bin/python --json=network.json
+    python scripts/benchmark.py network --peer-python=/path/to/torch/bin/python --json=network.json
 
 All sides take turns within one run, on the same processors, so that what else the machine does falls on all of them;
 PyTorch's side, scripts/peers/, is a process of its own Python. `COMMAND --help` says what is compared.
@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from benchmarks import evaluation, exported, harness, network, operator, pipeline
+from benchmarks import evaluation, exported, harness, network, operator, pipeline, training
 
 from dsnet_jax import parallel
 from dsnet_jax.errors import InputError
@@ -20,6 +20,7 @@ COMMANDS = {
     "operator": operator,
     "network": network,
     "pipeline": pipeline,
+    "training": training,
     "evaluation": evaluation,
     "exported": exported,
 }
@@ -34,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = benchmark.__doc__.partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=benchmark.__doc__, **shown)
         harness.add_arguments(command, benchmark.ROUNDS)
+        if benchmark is not exported:  # Which has no PyTorch side.
+            harness.add_peer_argument(command)
         benchmark.add_arguments(command)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "evaluation":
+    if rest and options.command not in ("training", "evaluation"):
         parser.error(f"unknown argument {rest[0]!r}")
     options.config_flags = rest
     try:

@@ -17,7 +17,8 @@ from dsnet_jax.models.resnet import RESNETS
 ROOT = Path(__file__).parents[1]
 MODULES = (
     "benchmark",
-    *(f"benchmarks.{name}" for name in ("harness", "operator", "network", "pipeline", "evaluation", "exported")),
+    "benchmarks.harness",
+    *(f"benchmarks.{name}" for name in ("operator", "network", "pipeline", "training", "evaluation", "exported")),
 )
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly", "cache_folder")
@@ -168,6 +169,54 @@ def test_the_network_of_a_run_is_evaluated_by_each_protocol(scripts, random_run,
     assert pairs == [("dsnet_jax, ss", "PyTorch, image by image"), ("dsnet_jax, flip", "dsnet_jax, ss")]
 
 
+PLAYED_TRAINING = """
+import json, os, sys
+from pathlib import Path
+
+with open("{calls}", "a") as calls:
+    print(*sys.argv[1:], file=calls)
+if os.path.exists(os.environ["JAX_COMPILATION_CACHE_DIR"]):
+    sys.exit("dsnet: what was compiled before is there")
+if "--config.training.epochs=3" in sys.argv:
+    sys.exit("dsnet: no such data")
+workdir = Path(sys.argv[-1].removeprefix("--workdir="))
+workdir.mkdir()
+lines = dict(step=1, val_miou=0.25, val_pixel_accuracy=0.5), dict(step=1, loss=1.0)
+(workdir / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)))
+"""
+
+
+@pytest.fixture
+def played_train(scripts, monkeypatch, tmp_path):
+    """In the place of `dsnet`: writes what a training writes, and the arguments that it was given."""
+    program = tmp_path / "dsnet.py"
+    program.write_text(PLAYED_TRAINING.format(calls=tmp_path / "called.txt"))
+    monkeypatch.setattr(scripts["training"], "DSNET", [sys.executable, str(program)])
+    return tmp_path / "called.txt"
+
+
+def test_whole_trainings_take_turns_and_their_scores_are_told(scripts, flags, played_train, tmp_path, capsys):
+    answer = {"seconds": 1000.0, "result": {"mIoU": 0.125, "pixel accuracy": 0.5}}
+    peer = write_peer(tmp_path / "python", json.dumps(answer))
+    arguments = ["training", "--rounds=2", "--threads=1", "--epochs=2", f"--peer-python={peer}", "--with-smp"]
+    assert scripts["benchmark"].main([*arguments, *flags["evaluation"], f"--json={tmp_path / 'found.json'}"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    [task] = found["tasks"]
+    assert task["task"] == "2 epochs" and [len(seconds) for seconds in task["seconds"].values()] == [2, 2, 2]
+    assert all(pair["ratio_of_medians"] > 100 for pair in task["comparisons"])
+    assert found["figures"]["dsnet_jax, scores of the last training"] == {"mIoU": 0.25, "pixel accuracy": 0.5}
+    assert found["figures"]["PyTorch, the same network, scores of the last training"]["mIoU"] == 0.125
+    calls = played_train.read_text().splitlines()
+    assert len(calls) == 2 and all("--config.training.epochs=2 --workdir=" in call for call in calls)
+    assert calls[0] != calls[1]  # A fresh workdir each.
+    assert "not run" not in capsys.readouterr().out
+
+
+def test_a_training_that_fails_is_told_in_one_line(scripts, flags, played_train, capsys):
+    assert scripts["benchmark"].main(["training", "--threads=1", "--epochs=3", *flags["evaluation"]]) == 1
+    assert "benchmark: dsnet train ended with exit code 1: dsnet: no such data" in capsys.readouterr().err
+
+
 def test_ratios_say_how_many_times_as_fast_ours_is(scripts, flags, tmp_path, capsys):
     peer = write_peer(tmp_path / "python", json.dumps({"seconds": 1000.0, "result": None}))
     arguments = ["operator", "--rounds=3", "--threads=1", f"--peer-python={peer}", f"--json={tmp_path / 'found.json'}"]
@@ -181,6 +230,33 @@ def test_ratios_say_how_many_times_as_fast_ours_is(scripts, flags, tmp_path, cap
         assert torch["ratio_of_medians"] == torch["median_of_ratios"] == pytest.approx(1000 / ours)
         assert dense["ratio_of_medians"] == pytest.approx(task["median_seconds"][dense["compared_with"]] / ours)
     assert "not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["operator", "--rounds=0"], ["exported", "--peer-python=python"]])
+def test_what_no_benchmark_can_do_is_refused_by_its_flag(scripts, arguments, capsys):
+    needed = ["--workdir=x", "--size-hw", "8", "8"] if arguments[0] == "exported" else []
+    with pytest.raises(SystemExit) as ended:
+        scripts["benchmark"].main([*arguments, *needed])
+    assert ended.value.code == 2
+    assert arguments[1].partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_exported_networks_without_onnxruntime_are_refused_before_any_work(scripts, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert scripts["benchmark"].main(["exported", "--threads=1", "--workdir=x", "--size-hw", "8", "8"]) == 2
+    assert "onnxruntime is not installed" in capsys.readouterr().err
+
+
+def test_our_network_sees_its_images_on_the_canvas_of_an_evaluation(scripts, monkeypatch):
+    # The fixed list of canvases goes from 512 to 576.
+    seen = []
+    program = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(temp_size_in_bytes=0))
+    monkeypatch.setattr(scripts["network"], "lower_step", lambda *_: SimpleNamespace(compile=lambda: program))
+    monkeypatch.setattr(scripts["network"], "Segmenter", lambda *_: lambda batch: seen.append(batch.images.shape))
+    options = {"backbone": "resnet18", "width": 8, "output_stride": 16, "batch": 8, "size_hw": [528, 544], "classes": 3}
+    work, _ = scripts["network"]._ours(argparse.Namespace(**options))
+    work["inference"]()
+    assert seen == [(8, 544, 544, 3)]
 
 
 def test_the_two_ratios_differ_where_the_machine_changes_its_pace(scripts):
@@ -221,6 +297,8 @@ def test_sides_that_do_not_do_the_same_work_are_not_compared(scripts, flags, com
         (["operator", "--peer-python=/bin/true"], 1, "operator_torch.py ended with exit code 0"),
         (["network", "--size-hw", "40", "32"], 2, "multiples of --output-stride"),
         (["network", "--batch=1"], 2, "normalised over the batch"),
+        (["network", "--batch=3"], 2, "batch_size is 3, which 8 devices cannot share equally"),
+        (["operator", "--kernel=2"], 2, "--kernel is 2: a positive odd number is needed"),
         (["evaluation", "--peer-python=/bin/true", "--config.model.stem=v1c"], 2, "config.model.stem='v1c': PyTorch"),
         (["evaluation", "--peer-python=/bin/true", "--split=test"], 1, "has no labels to score"),
     ],

@@ -68,7 +68,11 @@ def run(options: argparse.Namespace) -> harness.Report:
         return seconds
 
     with tempfile.TemporaryDirectory() as folder:
-        flags = _written_for_peer(split, config, Path(folder)) if options.peer_python else []
+        flags = []
+        if options.peer_python:
+            flags = [folder, *same_network(config), f"--classes={split.spec.num_classes}"]
+            flags.append(f"--image-scale={config.data.image_scale}")
+            write_for_peer(split, Path(folder))
         with harness.peer(options, "evaluation_torch.py", [*flags, f"--threads={options.threads}"]) as peer:
             sides = {names[protocol]: partial(ours, protocol) for protocol in protocols}
             seconds = harness.in_turns(sides | {THEIRS: peer and partial(peer.seconds, "evaluate")}, options)
@@ -123,8 +127,8 @@ def _compilations() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def _written_for_peer(split: Split, config: ConfigDict, folder: Path) -> list[str]:
-    """Writes the split's files as they were prepared, and gives the flags for PyTorch's side.
+def same_network(config: ConfigDict) -> list[str]:
+    """The flags that say to PyTorch's side which network it is.
 
     Raises:
       InputError: it does not have the config's network.
@@ -138,8 +142,17 @@ def _written_for_peer(split: Split, config: ConfigDict, folder: Path) -> list[st
     if other:
         fields = ", ".join(f"config.model.{field}={config.model[field]!r}" for field in other)
         raise InputError(f"{fields}: PyTorch's side does not have this network, leave --peer-python out", exit_code=2)
+    return [f"--{field.replace('_', '-')}={config.model[field]}" for field in SAME]
+
+
+def write_for_peer(split: Split, folder: Path) -> None:
+    """Writes a split's files as they were prepared: images/ and labels/, by position.
+
+    Raises:
+      InputError: it has no labels.
+    """
     for kind in ("images", "labels"):
-        (folder / kind).mkdir()
+        (folder / kind).mkdir(parents=True)
     for index in range(len(split)):
         record = split[index]
         if record.label is None:
@@ -148,5 +161,3 @@ def _written_for_peer(split: Split, config: ConfigDict, folder: Path) -> list[st
             )
         (folder / "images" / f"{index:06}").write_bytes(record.image)
         (folder / "labels" / f"{index:06}").write_bytes(record.label)
-    flags = [f"--{field.replace('_', '-')}={config.model[field]}" for field in SAME]
-    return [str(folder), *flags, f"--classes={split.spec.num_classes}", f"--image-scale={config.data.image_scale}"]

@@ -8,6 +8,7 @@ ONNX by onnxruntime. There is no PyTorch side.
 """
 
 import argparse
+import importlib.util
 import itertools
 import tempfile
 import time
@@ -46,8 +47,10 @@ def run(options: argparse.Namespace) -> harness.Report:
     """Measures.
 
     Raises:
-      InputError: the run cannot be used, or no image of its split has this size.
+      InputError: onnxruntime is not installed, the run cannot be used, or no image of its split has this size.
     """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise InputError("onnxruntime is not installed: install it with `pip install -e '.[export]'`", exit_code=2)
     network = dsnet_jax.load(options.workdir)
     data = network.trained.config.data
     split = open_split(options.root or data.root, data.name, options.split or data.eval_split)

@@ -101,10 +101,22 @@ class Peer:
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """The flags of all benchmarks."""
-    parser.add_argument("--peer-python", help="a Python with torch and torchvision; without it PyTorch is not run")
-    parser.add_argument("--rounds", type=int, default=rounds, help="of which medians are taken (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=_at_least_one, default=rounds, help="of which medians are taken (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="processors, for every side (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where everything measured is written")
+
+
+def add_peer_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of those that have a side of PyTorch."""
+    parser.add_argument("--peer-python", help="a Python with torch and torchvision; without it PyTorch is not run")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def pin(threads: int) -> None:

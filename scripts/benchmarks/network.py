@@ -20,10 +20,11 @@ from dsnet_jax import parallel
 from dsnet_jax.config import default_config
 from dsnet_jax.data.pipeline import Example
 from dsnet_jax.errors import InputError
-from dsnet_jax.evaluation.canvases import batches
+from dsnet_jax.evaluation.canvases import batches, choose_canvases
 from dsnet_jax.evaluation.inference import Segmenter
+from dsnet_jax.evaluation.protocols import SINGLE_SCALE
 from dsnet_jax.experiment import build_model
-from dsnet_jax.training.program import lower_step, step_of
+from dsnet_jax.training.program import check_shares, lower_step, step_of
 
 ROUNDS = 7
 OURS, THEIRS = "dsnet_jax", "PyTorch"
@@ -43,7 +44,8 @@ def run(options: argparse.Namespace) -> harness.Report:
     """Measures.
 
     Raises:
-      InputError: no such network, a size that is no multiple of its output stride, or a batch of one.
+      InputError: no such network, a size that is no multiple of its output stride, or a batch of one or one that the
+        devices cannot share.
       RuntimeError: PyTorch's network is not ours, or a training step was not finite.
     """
     if any(side % options.output_stride for side in options.size_hw):
@@ -75,6 +77,7 @@ def _ours(options: argparse.Namespace) -> tuple[dict[str, Callable[[], float]], 
     labels = rng.integers(0, options.classes, (options.batch, *size_hw), np.uint8)
 
     mesh = parallel.global_mesh()
+    check_shares(config, mesh.size)
     fresh_state, step_function = step_of(config, model, steps=10**6)  # So many that the rate does not end.
     state = jax.jit(fresh_state, out_shardings=parallel.replicated(mesh))()
     step = lower_step(config, step_function, state, mesh).compile()
@@ -85,7 +88,8 @@ def _ours(options: argparse.Namespace) -> tuple[dict[str, Callable[[], float]], 
     copies = jax.tree.map(jnp.copy, state.variables)  # A step takes the memory of its state.
     segmenter = Segmenter(model, copies, parallel.local_mesh())
     examples = [Example(index, str(index), image, None, size_hw) for index, image in enumerate(images)]
-    [to_label] = batches(examples, options.batch)
+    canvases = choose_canvases(np.array([size_hw]), 1.0, SINGLE_SCALE, options.batch)
+    [to_label] = batches(examples, options.batch, canvases_of=lambda example: canvases[example.label_hw])
     to_learn = {"image": images, "label": labels, "stop_requested": np.zeros(mesh.size, np.int32)}
 
     def inference() -> float:

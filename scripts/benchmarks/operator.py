@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from benchmarks import harness
 
+from dsnet_jax.errors import InputError
 from dsnet_jax.ops import dynamic_sampling_conv
 
 ROUNDS = 11
@@ -28,7 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> harness.Report:
-    """Measures."""
+    """Measures.
+
+    Raises:
+      InputError: an even kernel, which has no centre.
+    """
+    if options.kernel < 1 or options.kernel % 2 == 0:
+        raise InputError(f"--kernel is {options.kernel}: a positive odd number is needed", exit_code=2)
     ours, taking = _program(dynamic_sampling_conv, options, options.kernel, gathering=True)
     dense, _ = _program(_dense_convolution, options, options.kernel, gathering=False)
     flags = [f"--kernel={options.kernel}", f"--reach={options.reach}", "--shape", *options.shape]
