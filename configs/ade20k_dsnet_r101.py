@@ -1,5 +1,6 @@
 """DSNet-R101 on ADE20K: the paper's Table 4, from ImageNet weights. Not run.
 
+    dsnet port resnet101-63fe2227.pth --workdir=weights/resnet101
     dsnet train --config=configs/ade20k_dsnet_r101.py --workdir=runs/ade20k_dsnet_r101/cgds
     dsnet evaluate --workdir=runs/ade20k_dsnet_r101/cgds --protocol=ms_flip
 
@@ -18,6 +19,7 @@ from dsnet_jax.variants import vary
 
 def get_config(name: str = "cgds"):
     config = default_config()
+    config.init_from = "weights/resnet101"
     config.data.name = "ade20k"
     config.data.crop_size_hw = (576, 576)
     config.data.batch_size = 24

@@ -1,5 +1,6 @@
 """DSNet-R101 on PASCAL Context: the paper's Table 5, from ImageNet weights. Not run.
 
+    dsnet port resnet101-63fe2227.pth --workdir=weights/resnet101
     dsnet train --config=configs/pascal_context_dsnet_r101.py --workdir=runs/pascal_context_dsnet_r101/cgds
     dsnet evaluate --workdir=runs/pascal_context_dsnet_r101/cgds --protocol=ms_flip
 
@@ -22,6 +23,7 @@ from dsnet_jax.variants import vary
 
 def get_config(name: str = "cgds"):
     config = default_config()
+    config.init_from = "weights/resnet101"
     config.data.name = "pascal_context"
     config.model.backbone = "resnet101"
     config.model.dtype = "bfloat16"

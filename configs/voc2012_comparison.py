@@ -2,7 +2,11 @@
 
 All rows have the protocol of voc2012_dsnet_r50.py: 80 epochs of the augmented training set, batches of 32 crops of
 512 x 512, no deep supervision, single scale, from ImageNet weights; they differ as `dsnet_jax/variants.py` says. The
-paper's figures are mIoU in percent on val. None of these was run by us.
+paper's figures are mIoU in percent on val. None of these was run by us. The weights first, which all rows start from:
+
+    dsnet port resnet50-0676ba61.pth --workdir=weights/resnet50
+
+and `dsnet evaluate --workdir=runs/voc2012_comparison/NAME` after each.
 
 Table 1, the low-level feature and the guide. The paper: 77.4, 79.0, 76.7, 78.1; x3_aspp is DSNet itself. Not run.
 
@@ -54,6 +58,7 @@ from dsnet_jax.variants import vary
 
 def get_config(name: str = "cgds"):
     config = default_config()
+    config.init_from = "weights/resnet50"
     config.data.name = "voc2012"
     config.data.train_split = "train_aug"
     config.model.backbone = "resnet50"

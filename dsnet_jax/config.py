@@ -24,7 +24,8 @@ def default_config() -> ConfigDict:
     #                        weights are drawn from the seed.
 
     config.data = data = ConfigDict()
-    data.name = "shapes"  # A data set made by `dsnet prepare`: shapes, camvid, or the --name given to `folder`.
+    data.name = "shapes"  # A data set made by `dsnet prepare`: shapes, camvid, voc2012, ade20k, pascal_context,
+    #                       pascal_context_60, or the --name given to `folder`.
     data.root = "datasets"  # The folder given to `dsnet prepare --root`.
     data.train_split = "train"
     data.eval_split = "val"
@@ -60,6 +61,8 @@ def default_config() -> ConfigDict:
     model.modification_kernel = 1  # Side of the feature modification's convolution, dsnet.
     model.sampling_kernel = 3  # k: k*k points are sampled at each position, or are a dynamic filter's; not fcn, aspp,
     #                            pspnet, deeplabv3plus.
+    model.sampling_formulation = "platform"  # How dsnet, dcnv1, dcnv2 sample: gather; hat, by matrix products, for GPU
+    #                                          runs that are the same each time; platform: what suits the devices.
     model.dropout = 0.1  # Before the classifier, training only.
     model.deep_supervision = True  # An FCN head on stage4, training only.
     model.deep_supervision_weight = 0.4  # Of its loss.
@@ -132,20 +135,27 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
     "evaluation.overlays": (0, 10**6),
 }
 
+OUTPUT_STRIDES = (8, 16, 32)
+
+SCORE_FIELDS = (  # Change how a network is scored, not which weights a run ends with.
+    "evaluation.scales",
+    "evaluation.slide_crop_hw",
+    "evaluation.slide_stride_hw",
+)
+
 FREE_FIELDS = (  # May change while a run is under way: they do not change which weights it ends with.
     "data.root",
     "data.cache_decoded_gb",
     "data.worker_count",
     "data.read_threads",
-    "training.remat",  # Only how sums are rounded, as another number of devices does.
+    "model.sampling_formulation",  # Only how sums are rounded, as another number of devices does.
+    "training.remat",  # The same.
     "training.max_skipped_in_a_row",
     "training.log_every_steps",
     "training.checkpoint_every_steps",
     "training.evaluate_every_epochs",
     "evaluation.batch_size",
-    "evaluation.scales",
-    "evaluation.slide_crop_hw",
-    "evaluation.slide_stride_hw",
+    *SCORE_FIELDS,
     "evaluation.overlays",
 )
 
@@ -166,16 +176,22 @@ def load_config(arguments: list[str]) -> ConfigDict:
         if values.config is None:
             raise InputError("--config is missing: give one of the files in configs/", exit_code=2)
         config = values.config.lock()
-        _check_values(config)
+        check_values(config)
         return config
     except (flags.Error, AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"config: {_one_line(error)}", exit_code=2) from error
     except OSError as error:
         reason = str(error).splitlines()[-1].rpartition("failure to load:")[2].strip()
         raise InputError(f"config: {reason}: give one of the files in configs/", exit_code=2) from error
+    except InputError:
+        raise
+    except Exception as error:  # A config file is a program, and may raise anything.
+        found = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        raise InputError(f"config: the file raises {found} (--debug shows where)", exit_code=2) from error
 
 
-def _check_values(config: ConfigDict) -> None:
+def check_values(config: ConfigDict) -> None:
+    """Raises InputError, exit code 2, where a value is out of its limits or does not fit to the others."""
     fields = _flat(config.to_dict())
     if missing := _flat(default_config().to_dict()).keys() - fields.keys():
         raise InputError(
@@ -189,6 +205,11 @@ def _check_values(config: ConfigDict) -> None:
     if len(crop_size_hw) != 2 or not all(isinstance(side, int) for side in crop_size_hw):
         raise InputError(f"config.data.crop_size_hw is {crop_size_hw}: height and width are needed", exit_code=2)
     stride = fields["model.output_stride"]
+    if stride not in OUTPUT_STRIDES:
+        raise InputError(
+            f"config.model.output_stride is {stride}: one of {', '.join(map(str, OUTPUT_STRIDES))} is needed",
+            exit_code=2,
+        )
     if any(side % stride for side in crop_size_hw):
         raise InputError(
             f"config.data.crop_size_hw is {crop_size_hw}: multiples of config.model.output_stride ({stride}) are "
@@ -217,13 +238,17 @@ def from_json(text: str, file: str) -> ConfigDict:
     """The config that `to_json` wrote; `file` is what errors call it.
 
     Raises:
-      InputError: a field is unknown to this version, or has another type.
+      InputError: a field is unknown to this version, has another type, or a value that is out of its limits.
     """
     config = default_config()
     try:
         config.update(_with_tuples(json.loads(text)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: {_one_line(error)}") from error
+    try:
+        check_values(config)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
     return config
 
 

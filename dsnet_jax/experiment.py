@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dsnet_jax.config import default_config
+from dsnet_jax.config import OUTPUT_STRIDES, default_config
 from dsnet_jax.errors import InputError
 from dsnet_jax.models.aspp import ASPP
 from dsnet_jax.models.baseline import Baseline
@@ -17,28 +17,32 @@ from dsnet_jax.models.dsnet import GUIDES, DSNet
 from dsnet_jax.models.dynamic_filter import DynamicFilter
 from dsnet_jax.models.pyramid import PyramidPooling
 from dsnet_jax.models.resnet import RESNETS, STEM_WIDTHS
+from dsnet_jax.ops.dynamic_sampling import FORMULATIONS
 
 # Of config.model, the fields that not every network has, by the networks that there are.
 FIELDS_OF_ASPP = {"atrous_rates", "aspp_dropout"}
+FIELDS_OF_SAMPLING = {"sampling_kernel", "sampling_formulation"}
 FIELDS_OF = {
-    "dsnet": {"low_level_stage", "guide", "sampling", "modification_kernel", "sampling_kernel"} | FIELDS_OF_ASPP,
+    "dsnet": {"low_level_stage", "guide", "sampling", "modification_kernel"} | FIELDS_OF_SAMPLING | FIELDS_OF_ASPP,
     "fcn": set(),
     "aspp": FIELDS_OF_ASPP,
     "pspnet": set(),
     "deeplabv3plus": FIELDS_OF_ASPP,
-    "dcnv1": {"sampling_kernel"} | FIELDS_OF_ASPP,
-    "dcnv2": {"sampling_kernel"} | FIELDS_OF_ASPP,
+    "dcnv1": FIELDS_OF_SAMPLING | FIELDS_OF_ASPP,
+    "dcnv2": FIELDS_OF_SAMPLING | FIELDS_OF_ASPP,
     "dynamic_filter": {"sampling_kernel"} | FIELDS_OF_ASPP,
 }
+FIELDS_OF_DEEP_SUPERVISION = {"deep_supervision_weight", "auxiliary_width"}
 
 CHOICES = {  # Of fields of config.model.
     "name": tuple(FIELDS_OF),
     "backbone": tuple(RESNETS),
     "stem": ("v1", *STEM_WIDTHS),
-    "output_stride": (8, 16, 32),
+    "output_stride": OUTPUT_STRIDES,
     "low_level_stage": (3, 4, 5),
     "guide": GUIDES,
     "sampling": SAMPLINGS,
+    "sampling_formulation": ("platform", *FORMULATIONS),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -48,7 +52,7 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
 
     Raises:
       InputError: a field has a value that it cannot have, the message names the choices; or the network does not have
-        the field, and it is not at its default.
+        what the field is of, and it is not at its default.
     """
     for field, choices in CHOICES.items():
         if config[field] not in choices:
@@ -63,9 +67,18 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     for field in ("dropout", "aspp_dropout"):
         if not 0 <= config[field] < 1:
             raise InputError(f"config.model.{field} is {config[field]}: 0 or more, less than 1 is needed", exit_code=2)
-    if config.width < 1 or min(config.atrous_rates, default=1) < 1 or config.auxiliary_width < 0:
+    if config.width < 1 or config.auxiliary_width < 0:
+        raise InputError("config.model: width of 1 or more, auxiliary_width of 0 or more are needed", exit_code=2)
+    for field in ("atrous_rates", "multi_grid"):
+        if not all(isinstance(number, int) and number >= 1 for number in config[field]):
+            raise InputError(
+                f"config.model.{field} is {config[field]}: whole numbers of 1 or more are needed", exit_code=2
+            )
+    if any(rate * 16 % config.output_stride for rate in config.atrous_rates):
         raise InputError(
-            "config.model: width and atrous_rates of 1 or more, auxiliary_width of 0 or more are needed", exit_code=2
+            f"config.model.atrous_rates is {config.atrous_rates}: even numbers are needed, output_stride "
+            f"{config.output_stride} halves them",
+            exit_code=2,
         )
     dtype = jnp.dtype(config.dtype)
     backbone = RESNETS[config.backbone](
@@ -86,6 +99,7 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
         "auxiliary_width": config.auxiliary_width,
         "dtype": dtype,
     }
+    formulation = None if config.sampling_formulation == "platform" else config.sampling_formulation
     fields_of_aspp = {"atrous_rates": tuple(config.atrous_rates), "aspp_dropout": config.aspp_dropout}
     if config.name == "dsnet":
         return DSNet(
@@ -93,6 +107,7 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
             guide=config.guide,
             sampling=config.sampling,
             sampling_kernel=config.sampling_kernel,
+            sampling_formulation=formulation,
             modification_kernel=config.modification_kernel,
             **fields_of_aspp,
             **shared,
@@ -109,7 +124,8 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     if config.name == "dynamic_filter":
         parts["dynamic_filter"] = DynamicFilter(k, dtype=dtype)
     elif config.name in ("dcnv1", "dcnv2"):
-        parts["deformable"] = DynamicSamplingConv(config.width, k, modulated=config.name == "dcnv2", dtype=dtype)
+        modulated = config.name == "dcnv2"
+        parts["deformable"] = DynamicSamplingConv(config.width, k, modulated, formulation, dtype=dtype)
     return Baseline(**parts, **shared)
 
 
@@ -117,11 +133,16 @@ def _refuse_fields_without_use(config: ConfigDict) -> None:
     used, network = FIELDS_OF[config.name], config.name
     if "guide" in used and config.guide != "aspp":
         used, network = used - FIELDS_OF_ASPP, f"{network} with guide {config.guide!r}"
+    unused = dict.fromkeys(set().union(*FIELDS_OF.values()) - used, network)
+    if not config.deep_supervision:
+        unused |= dict.fromkeys(FIELDS_OF_DEEP_SUPERVISION, "a network without deep supervision")
+    if config.sampling == "regular":
+        unused["sampling_formulation"] = "the regular grid"
     default = default_config().model
-    for field in sorted(set().union(*FIELDS_OF.values()) - used):
+    for field, whose in sorted(unused.items()):
         if config[field] != default[field]:
             raise InputError(
-                f"config.model.{field} is {config[field]!r}, which {network} does not use: leave it at "
+                f"config.model.{field} is {config[field]!r}, which {whose} does not use: leave it at "
                 f"{default[field]!r}",
                 exit_code=2,
             )

@@ -3,19 +3,22 @@
     python scripts/compile_configs.py --target=cpu
     python scripts/compile_configs.py --target=v5e:2x4 --only=voc2012   # Needs libtpu, as `dsnet plan` does.
 
-Experiments are those that the docstrings train. Those whose programs are the same, which differ in epochs, rates or
-data alone, are compiled once. Prints a table of memory and of the time that compiling took; nothing is computed.
+Experiments are those that the docstrings train. Those whose programs are the same, or differ in rates and epochs alone,
+are compiled once. Prints a table of memory and of the time that compiling took; nothing is computed.
 """
 
 import argparse
+import hashlib
 import re
 import runpy
 import time
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsnet_jax.config import load_config
+from dsnet_jax.config import default_config, load_config
 from dsnet_jax.experiment import build_model
 from dsnet_jax.plan.programs import Compiled, compile_for, lower_training
 from dsnet_jax.plan.targets import find_target, mesh_of
@@ -39,11 +42,18 @@ def experiments(only: str) -> dict[str, ConfigDict]:
     return found
 
 
-def program_of(config: ConfigDict) -> str:
-    """What the compiled program depends on."""
-    optimizer = {**config.optimizer, "base_lr": 0}
-    data = config.data.crop_size_hw, config.data.batch_size, config.data.name
-    return str((config.model.to_dict(), sorted(optimizer.items()), data, config.training.accumulation_steps))
+def training_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
+    """The step of an experiment, with the default's rates and epochs: constants of it, which cost neither way."""
+    config, default = config.copy_and_resolve_references(), default_config()
+    config.training.epochs = default.training.epochs
+    for name in ("base_lr", "backbone_lr_multiplier", "head_lr_multiplier", "offset_lr_multiplier"):
+        config.optimizer[name] = default.optimizer[name]
+    return lower_training(config, build_model(config.model, classes_of(config)), mesh)
+
+
+def key_of(step: jax.stages.Lowered) -> str:
+    """The same for programs that are the same."""
+    return hashlib.sha256(step.as_text().encode()).hexdigest()
 
 
 def main() -> None:
@@ -56,14 +66,13 @@ def main() -> None:
     print("| experiment | temporaries, GB a device | memory, GB a device | compiled in |\n|---|---:|---:|---:|")
     first = {}
     for name, config in experiments(options.only).items():
-        program = program_of(config)
-        if program in first:
-            print(f"| {name} | as {first[program]} | | |", flush=True)
+        step = training_step(config, mesh)
+        same = first.setdefault(key_of(step), name)
+        if same != name:
+            print(f"| {name} | as {same} | | |", flush=True)
             continue
-        first[program] = name
-        model = build_model(config.model, classes_of(config))
         began = time.monotonic()
-        result = compile_for(target.platform, lower_training(config, model, mesh))
+        result = compile_for(target.platform, step)
         took = duration(time.monotonic() - began)
         if isinstance(result, Compiled):
             sizes = f"{result.temporaries / 1e9:.1f} | {result.memory / 1e9:.1f}"

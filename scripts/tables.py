@@ -2,15 +2,17 @@
 
     python scripts/tables.py                                        # the page anew, of docs/results/*.json
     python scripts/tables.py --scale=cpu --minutes=120              # the comparisons on CamVid, a CPU's protocol
-    python scripts/tables.py --scale=paper --only=voc2012           # the paper's own rows
+    python scripts/tables.py --scale=paper --only=voc2012           # the paper's own rows, once `dsnet port` has made
+                                                                    # weights/resnet50 and weights/resnet101
 
 Runs go one after another, each by `dsnet train` and `dsnet evaluate` in a process of its own, into workdirs in --runs.
 The same command goes on where the last one ended: what is finished is skipped, what was stopped is resumed. Ctrl-C,
 SIGTERM and the end of --minutes stop the run under way, which saves itself first. A run that fails is told and left;
 the exit code is then 1. After every run its facts go into docs/results/ and the page is written again.
 
-Flags such as --config.data.root=DIR are passed on to `dsnet train`. With one that changes what is trained, such as
---config.training.epochs=1, everything is a trial: workdirs, facts and page go to RUNS/trial/, docs/ stays as it is.
+Flags such as --config.data.root=DIR are passed on to `dsnet train`. With one that changes what is trained or how it is
+scored, such as --config.training.epochs=1, everything is a trial: workdirs, facts and page go to RUNS/trial/, docs/
+stays as it is.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tables_page import update_page
-from tables_runs import CONFIGS, REPOSITORY, Run, changes, collect, facts_of, hardware, missing_protocols, planned
+from tables_runs import CONFIGS, REPOSITORY, Run, collect, facts_of, hardware, missing_protocols, note_version, planned
 
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import duration
@@ -51,13 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help="of each run: 0, 1, ... (default: 2 at scale cpu, else 1)")
     parser.add_argument("--only", default="", help="only runs with this in their name, and what they start from")
     options, fields = parser.parse_known_args(arguments)
+    if options.seeds is not None and options.seeds < 1:
+        parser.error(f"--seeds={options.seeds}: 1 or more are needed")
     if wrong := [flag for flag in fields if not re.match(r"--config\.(?!seed=|init_from=)[\w.]+=", flag)]:
         parser.error(
             f"{wrong[0]!r}: --config.FIELD=VALUE is passed on; config, seed and init_from are this script's own"
         )
     try:
         runs = planned(options.scale, options.seeds or {"cpu": 2, "paper": 1}[options.scale]) if options.scale else []
-        runs = [run for run in runs if options.only in run.name]
+        chosen = {run.name for run in runs if options.only in run.name}
+        chosen |= {run.before.name for run in runs if run.after and run.name in chosen}
+        runs = [run for run in runs if run.name in chosen]
         if "://" in options.runs:
             raise InputError(f"{options.runs}: the workdirs have to lie in a folder of this machine", exit_code=2)
         if options.scale and not runs:
@@ -76,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_trial(run: Run, fields: list[str]) -> bool:
-    """Whether fields of the command line change what a run trains."""
-    return bool(changes(run.load(), run.load(fields)))
+    """Whether fields of the command line change what a run trains, or how it is scored."""
+    return bool(run.changes(run.load(), run.load(fields)))
 
 
 @contextlib.contextmanager
@@ -112,7 +118,7 @@ class Tables:
       runs: folder of the workdirs.
       docs: folder of the page and of the facts.
       fields: `--config.FIELD=VALUE` for every run.
-      trial: whether these change what is trained.
+      trial: whether these change what is trained or how it is scored.
     """
 
     runs: Path
@@ -160,21 +166,34 @@ class Tables:
         Raises:
           InputError: a command failed, or there is nothing to start from.
         """
-        if run.after and self.facts(before := Run(run.after, run.seed)) is None:
-            raise InputError(f"it starts from {before.name}, which is not finished")
+        if run.after:
+            self.check_finished(run.before)
         workdir = self.runs / run.name
         workdir.mkdir(exist_ok=True)
+        if self.facts(run) is None:  # Otherwise only evaluations are missing.
+            note_version(workdir)
         train, *others = run.commands(self.runs, [*run.flags(self.runs, CONFIGS), *self.fields])
         if not sitting.dsnet(train, workdir / LOG, label, eta):
             return False
-        missing = missing_protocols(run, workdir)
+        expected = run.load(self.fields)
+        missing = missing_protocols(run, workdir, expected)
         for command in others:
             if command[0] == "evaluate" and not any(f"--protocol={protocol}" in command for protocol in missing):
                 continue
             if not sitting.dsnet(command, workdir / LOG, label, eta):
                 return False
-        collect(run, workdir, run.load(self.fields), self.docs / "results", hardware())
+        collect(run, workdir, expected, self.docs / "results", hardware())
         return True
+
+    def check_finished(self, run: Run) -> None:
+        """Raises InputError, which says what to do, where a run cannot be started from."""
+        if self.facts(run) is None:
+            raise InputError(f"it starts from {run.name}, which is not finished")
+        if not (self.runs / run.name / "config.json").exists():
+            raise InputError(
+                f"it starts from {self.runs / run.name}, which is not there: copy it from where it was trained, or "
+                f"remove {self.docs / 'results' / run.name}.json, and the same command trains it again"
+            )
 
 
 @dataclasses.dataclass

@@ -10,7 +10,6 @@ from tables_runs import ROWS, Run, facts_of, run_of
 from dsnet_jax.errors import InputError
 from dsnet_jax.workdir import write_text
 
-MOST_SEEDS = 10  # Looked for in the folder of facts.
 NOTHING = "–"
 RUNS = "runs"  # Where the workdirs lie in the commands that are shown.
 
@@ -54,7 +53,10 @@ def _table(headings: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 def _seeds(row: dict, folder: Path, fields: Iterable[str]) -> dict[int, dict]:
     """The facts of a row's finished runs, by seed."""
-    found = {seed: facts_of(run_of(row, seed), folder, fields) for seed in range(MOST_SEEDS)}
+    name = run_of(row, 0).name.removesuffix("0")
+    kept = (file.stem.removeprefix(name) for file in folder.glob(f"{name}*.json"))
+    seeds = sorted(int(seed) for seed in kept if seed.isdecimal())
+    found = {seed: facts_of(run_of(row, seed), folder, fields) for seed in seeds}
     return {seed: facts for seed, facts in found.items() if facts}
 
 
@@ -161,9 +163,12 @@ def _files(run: Run, folder: Path) -> str:
 def _paper(folder: Path, fields: Iterable[str]) -> list[str]:
     """Every table of the paper: heading, rows, notes, commands."""
     parts = [
-        "*published*: the paper's figure, quoted; there is no config for that system here. Of several seeds the "
+        "*published*: the paper's figure, quoted; no run of ours stands beside it. Of several seeds the "
         "mean is given, in brackets the least and the largest. `ss`: single scale; `flip`: and its mirror image; "
-        "`ms_flip`: both at six scales. All runs in turn: `python scripts/tables.py --scale=paper`.",
+        "`ms_flip`: both at six scales. All runs in turn: `python scripts/tables.py --scale=paper`. They start from "
+        "torchvision's ImageNet weights, which these commands lay where the configs look for them:",
+        "```bash\ndsnet port resnet50-0676ba61.pth --workdir=weights/resnet50\n"
+        "dsnet port resnet101-63fe2227.pth --workdir=weights/resnet101\n```",
     ]
     for table in ROWS["paper"]:
         rows = [_paper_row(row, folder, fields) for row in table["rows"]]
@@ -181,14 +186,15 @@ def _paper_row(row: dict, folder: Path, fields: Iterable[str]) -> list[str]:
     if "config" not in row:
         return [row["system"], paper, "*published*", *[NOTHING] * 5]
     of, out_of = row.get("factor", (1, 1))
-    protocol, seeds = row["protocol"], _seeds(row, folder, fields)
-    scored = [facts["scores"][protocol] for facts in seeds.values() if protocol in facts["scores"]]
-    ours = _percent(score["miou"] * of / out_of for score in scored) if scored else "not run"
-    if seeds and row.get("split") == "test":
-        ours = "trained; the server has to score it"
+    protocol, on_server = row["protocol"], row.get("split") == "test"
+    seeds = _seeds(row, folder, fields)
+    seeds = {seed: facts for seed, facts in seeds.items() if on_server or protocol in facts["scores"]}
     if not seeds:
-        return [row["system"], paper, ours, f"`{protocol}`", *[NOTHING] * 4]
+        return [row["system"], paper, "not run", f"`{protocol}`", *[NOTHING] * 4]
     found = list(seeds.values())
+    ours = "trained; the server has to score it"
+    if not on_server:
+        ours = _percent(facts["scores"][protocol]["miou"] * of / out_of for facts in found)
     return [
         row["system"],
         paper,
@@ -208,7 +214,6 @@ def _commands(table: dict) -> str:
         if "config" in row:
             run = run_of(row, 0)
             if run.after:
-                before = Run(run.after, run.seed)
-                commands += before.commands(RUNS, before.flags(RUNS))[:1]
+                commands += run.before.commands(RUNS, run.before.flags(RUNS))[:1]
             commands += run.commands(RUNS, run.flags(RUNS))
     return "\n".join(dict.fromkeys(shlex.join(["dsnet", *command]) for command in commands))

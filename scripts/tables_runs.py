@@ -18,14 +18,15 @@ from pathlib import Path
 from benchmarks.harness import processor
 from ml_collections import ConfigDict
 
-from dsnet_jax.config import FREE_FIELDS, differences, from_json, load_config
+from dsnet_jax.config import FREE_FIELDS, SCORE_FIELDS, differences, from_json, load_config
 from dsnet_jax.errors import InputError
 from dsnet_jax.workdir import write_text
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 ROWS = json.loads(Path(__file__).with_name("tables.json").read_text())
-NOT_COMPARED = (*FREE_FIELDS, "init_from", "seed")  # The last two are the run's own, beside its config.
+NOT_COMPARED = {*FREE_FIELDS, "seed"} - {*SCORE_FIELDS}  # The seed is the run's own, beside its config.
+VERSIONS = "versions.txt"  # In a workdir: of dsnet_jax, all that trained there, one a line.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,18 @@ class Run:
         parts = [*self.config.replace(".py", "").split(":"), *filter(None, [self.data]), f"seed{self.seed}"]
         return "-".join(parts)
 
+    @property
+    def before(self) -> "Run":
+        """The run whose weights it starts from, if there is one."""
+        return Run(self.after, self.seed)
+
     def flags(self, runs: str | os.PathLike, configs: str | os.PathLike = "configs") -> list[str]:
         """The flags of `dsnet train` that say what is trained; `runs` is the folder of the workdirs."""
         flags = [f"--config={configs}/{self.config}", f"--config.seed={self.seed}"]
         if self.data:
             flags.append(f"--config.data.name={self.data}")
         if self.after:
-            flags.append(f"--config.init_from={runs}/{Run(self.after, self.seed).name}")
+            flags.append(f"--config.init_from={runs}/{self.before.name}")
         return flags
 
     def commands(self, runs: str | os.PathLike, flags: Iterable[str]) -> list[list[str]]:
@@ -79,6 +85,18 @@ class Run:
           InputError: there is no such config, or no such field.
         """
         return load_config([*self.flags("runs", CONFIGS), *fields])
+
+    def changes(self, expected: ConfigDict, found: ConfigDict) -> list[str]:
+        """What of two configs makes another experiment than this one, or other scores, one line a field."""
+        different = differences(self.without_paths(expected), self.without_paths(found))
+        return [line for name, line in different.items() if name not in NOT_COMPARED]
+
+    def without_paths(self, config: ConfigDict) -> ConfigDict:
+        """A config in which a run that it starts from is a name, wherever on this machine its workdir lies."""
+        config = config.copy_and_resolve_references()
+        if self.after:
+            config.init_from = Path(config.init_from).name
+        return config
 
 
 def run_of(row: dict, seed: int) -> Run:
@@ -107,24 +125,20 @@ def planned(scale: str, seeds: int) -> list[Run]:
     return list(runs.values())
 
 
-def changes(expected: ConfigDict, found: ConfigDict) -> list[str]:
-    """What of two configs makes another experiment, one line a field."""
-    return [line for name, line in differences(expected, found).items() if name not in NOT_COMPARED]
+def missing_protocols(run: Run, workdir: Path, expected: ConfigDict) -> list[str]:
+    """Of a run's evaluations with the expected config, those that its trained workdir does not hold yet."""
+    return [protocol for protocol in run.protocols if _results(run, workdir, expected, protocol) is None]
 
 
-def missing_protocols(run: Run, workdir: Path) -> list[str]:
-    """Of a run's evaluations, those that its trained workdir does not hold yet."""
-    return [protocol for protocol in run.protocols if _results(workdir, protocol) is None]
-
-
-def _results(workdir: Path, protocol: str) -> dict | None:
+def _results(run: Run, workdir: Path, expected: ConfigDict, protocol: str) -> dict | None:
     """The evaluation of the last step on the config's own split, wherever in the workdir's evaluation/ it lies."""
-    split = json.loads((workdir / "config.json").read_text())["data"]["eval_split"]
-    step = _log(workdir)[-1]["step"]
+    wanted = protocol, expected.data.eval_split, _log(workdir)[-1]["step"]
     for file in sorted((workdir / "evaluation").rglob("results.json")):
         results = json.loads(file.read_text())
-        if (results["protocol"], results["split"], results["checkpoint_step"]) == (protocol, split, step):
-            return results
+        if (results["protocol"], results["split"], results["checkpoint_step"]) == wanted:
+            scored_with = from_json(json.dumps(results["config"]), str(file))
+            if not run.changes(expected, scored_with):
+                return results
     return None
 
 
@@ -146,9 +160,10 @@ def collect(run: Run, workdir: Path, expected: ConfigDict, folder: Path, hardwar
       InputError: it was trained with another config, which is a trial and no result; or an evaluation is missing.
     """
     config = from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
-    if (different := changes(expected, config)) or config.seed != run.seed:
+    if (different := run.changes(expected, config)) or config.seed != run.seed:
         raise InputError(f"{workdir} is a trial and not collected: {'; '.join(different) or f'seed {config.seed}'}")
-    scores = {} if run.submits else {protocol: _results(workdir, protocol) for protocol in run.protocols}
+    protocols = () if run.submits else run.protocols
+    scores = {protocol: _results(run, workdir, expected, protocol) for protocol in protocols}
     if absent := [protocol for protocol, results in scores.items() if results is None]:
         raise InputError(f"{workdir}: no evaluation of its last step by protocol {absent[0]}: run dsnet evaluate")
     log = _log(workdir)
@@ -165,10 +180,10 @@ def collect(run: Run, workdir: Path, expected: ConfigDict, folder: Path, hardwar
         "minutes": seconds / 60,  # Of the steps alone: no compiling, no evaluations, nothing twice that was stopped.
         "date": time.strftime("%Y-%m-%d", time.gmtime((workdir / "metrics.jsonl").stat().st_mtime)),
         "hardware": hardware,
-        "version": _version(),
+        "version": ", ".join(_versions(workdir) or [_version()]),
         "offsets": _offsets([line for line in trained if "offset_mean" in line]),
         "scores": {protocol: _scores(results) for protocol, results in scores.items()},
-        "experiment": _without_paths(config),
+        "experiment": _experiment(run, config),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{run.name}.jsonl", (workdir / "metrics.jsonl").read_text())
@@ -187,10 +202,10 @@ def _offsets(lines: list[dict]) -> dict[str, float] | None:
     }
 
 
-def _without_paths(config: ConfigDict) -> dict:
-    """A config's fields but those that tell where something lies on this machine."""
-    fields = config.to_dict()
-    del fields["data"]["root"], fields["init_from"]
+def _experiment(run: Run, config: ConfigDict) -> dict:
+    """A config's fields, without what tells where something lies on this machine."""
+    fields = run.without_paths(config).to_dict()
+    del fields["data"]["root"]
     return fields
 
 
@@ -202,14 +217,31 @@ def _scores(results: dict) -> dict:
     return {key: results[key] for key in KEPT} | classes
 
 
+def note_version(workdir: Path) -> None:
+    """Notes in a workdir which dsnet_jax is about to train there; `collect` gives all that did."""
+    known, now = _versions(workdir), _version()
+    if now not in known:
+        write_text(workdir / VERSIONS, "".join(f"{line}\n" for line in [*known, now]))
+
+
+def _versions(workdir: Path) -> list[str]:
+    file = workdir / VERSIONS
+    return file.read_text().splitlines() if file.exists() else []
+
+
 def _version() -> str:
-    """Of dsnet_jax, and where it runs from a clone the commit."""
-    describe = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    """Of dsnet_jax, and where it runs from a clone the commit, `-dirty` where what computes differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        commit = git("describe", "--always")
+        changed = git("status", "--porcelain", "--", "dsnet_jax", "configs", "scripts")
     except (OSError, subprocess.CalledProcessError):
         return version("dsnet_jax")
-    return f"{version('dsnet_jax')} ({commit})"
+    return f"{version('dsnet_jax')} ({commit}{'-dirty' if changed else ''})"
 
 
 def facts_of(run: Run, folder: Path, fields: Iterable[str] = ()) -> dict | None:
@@ -219,7 +251,7 @@ def facts_of(run: Run, folder: Path, fields: Iterable[str] = ()) -> dict | None:
         return None
     facts = json.loads(file.read_text())
     try:
-        different = changes(from_json(json.dumps(facts["experiment"]), str(file)), run.load(fields))
+        different = run.changes(from_json(json.dumps(facts["experiment"]), str(file)), run.load(fields))
     except InputError as error:
         different = [str(error)]
     if different:

@@ -63,12 +63,13 @@ if command == "train":
             print(json.dumps({"step": steps, "val_miou": 0.1}), file=file)
 elif command == "evaluate":
     folder = workdir / "evaluation" / f"val_{flags['protocol']}"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     miou = orders["miou"].get(workdir.name, 0.5) + 0.01 * (flags["protocol"] == "flip")
     results = {
         "protocol": flags["protocol"],
         "split": "val",
         "checkpoint_step": steps,
+        "config": json.loads((workdir / "config.json").read_text()),
         "miou": miou,
         "images": 3,
         "boundary_miou": 0.4,

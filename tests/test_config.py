@@ -67,6 +67,9 @@ def test_what_the_command_line_cannot_set_is_told_in_one_line(override, message)
         ("    del config", "--config is missing"),
         ("    return config config", "invalid syntax"),
         ("    import nowhere", "No module named 'nowhere'"),
+        ("    return [config][1]", "config: the file raises IndexError: list index out of range (--debug shows where)"),
+        ("    assert config is None", "config: the file raises AssertionError (--debug"),
+        ("    config.seed = 1 // 0", "config: the file raises ZeroDivisionError: integer division or modulo by zero"),
         (
             "    from ml_collections import ConfigDict\n    return ConfigDict({'seed': 1})",
             "start from default_config()",
@@ -105,6 +108,8 @@ def test_no_config_file_at_all_is_told():
         ("data.scale_range=(0.0,0.5)", "0.01 to "),
         ("data.scale_box=(512,2048)", "the long and the short edge"),
         ("data.scale_box=(512,512,512)", "the long and the short edge"),
+        ("model.output_stride=0", "one of 8, 16, 32 is needed"),
+        ("model.output_stride=12", "one of 8, 16, 32 is needed"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_field(override, message):

@@ -7,7 +7,9 @@ import pytest
 
 from dsnet_jax.config import default_config
 from dsnet_jax.errors import InputError
-from dsnet_jax.experiment import CHOICES, build_model, steps_per_epoch
+from dsnet_jax.experiment import CHOICES, build_model, initial_variables, steps_per_epoch
+from dsnet_jax.models.aspp import ASPP
+from dsnet_jax.models.resnet import RESNETS
 
 
 def model_config(**fields):
@@ -64,6 +66,17 @@ def test_fields_that_leave_no_trace_in_the_parameters_reach_the_network():
     assert network.dtype == network.backbone.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("name", ["dsnet", "dcnv1", "dcnv2"])
+def test_the_formulation_is_the_one_asked_for(name, four_convolutions, monkeypatch):
+    monkeypatch.setitem(RESNETS, "resnet18", four_convolutions)
+    for formulation, gathers in ("gather", True), ("hat", False), ("platform", True):
+        network = build_model(model_config(name=name, sampling_formulation=formulation), 4)
+        variables = jax.eval_shape(lambda network=network: initial_variables(network))
+        images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        apply = jax.jit(lambda variables, images, network=network: network.apply(variables, images, train=False).logits)
+        assert ("stablehlo.gather" in apply.lower(variables, images).as_text()) == gathers, formulation
+
+
 @pytest.mark.parametrize("name", ["dsnet", "aspp", "deeplabv3plus"])
 def test_dropout_behind_aspp_is_as_asked_for(name):
     dropped = {}
@@ -90,6 +103,12 @@ def test_dropout_behind_aspp_is_as_asked_for(name):
         ({"name": "deeplabv3plus", "low_level_stage": 4}, "low_level_stage is 4, which deeplabv3plus does not use"),
         ({"name": "dcnv2", "modification_kernel": 3}, "modification_kernel is 3, which dcnv2 does not use"),
         ({"guide": "stage5", "aspp_dropout": 0.5}, "aspp_dropout is 0.5, which dsnet with guide 'stage5' does not use"),
+        (
+            {"deep_supervision": False, "auxiliary_width": 64},
+            "auxiliary_width is 64, which a network without deep supervision does not use: leave it at 0",
+        ),
+        ({"sampling": "regular", "sampling_formulation": "hat"}, "is 'hat', which the regular grid does not use"),
+        ({"deep_supervision": False, "deep_supervision_weight": 1.0}, "weight is 1.0, which a network without deep"),
     ],
 )
 def test_a_field_that_the_network_does_not_use_is_refused(fields, message):
@@ -121,7 +140,13 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(field):
         ({"modification_kernel": -1}, "modification_kernel is -1: a positive odd number"),
         ({"dropout": 1.0}, "dropout"),
         ({"aspp_dropout": -0.1}, "aspp_dropout"),
-        ({"atrous_rates": (0,)}, "atrous_rates"),
+        ({"auxiliary_width": -1}, "auxiliary_width of 0 or more"),
+        ({"atrous_rates": (0,)}, r"atrous_rates is \(0,\): whole numbers of 1 or more"),
+        ({"atrous_rates": (6.5, 12, 18)}, "whole numbers of 1 or more"),
+        ({"atrous_rates": ("a",)}, "whole numbers of 1 or more"),
+        ({"multi_grid": (0, 1)}, r"multi_grid is \(0, 1\): whole numbers of 1 or more"),
+        ({"multi_grid": (1.5, 1)}, "whole numbers of 1 or more"),
+        ({"atrous_rates": (1, 2, 4), "output_stride": 32}, r"atrous_rates is \(1, 2, 4\): even numbers are needed"),
         ({"multi_grid": (1, 2, 4)}, "resnet18 has 2 blocks"),
     ],
 )
@@ -129,6 +154,11 @@ def test_a_network_that_cannot_be_is_refused(fields, message):
     with pytest.raises(InputError, match=message) as raised:
         build_model(model_config(**fields), 4)
     assert raised.value.exit_code == 2
+
+
+def test_no_rate_of_aspp_is_rounded():
+    with pytest.raises(ValueError, match=r"atrous_rates are \(2, 5\): even ones are needed at output stride 32"):
+        jax.eval_shape(lambda x: ASPP(4, (2, 5), 32).init(jax.random.key(0), x, train=False), jnp.zeros((1, 4, 4, 3)))
 
 
 def test_an_epoch_has_the_whole_batches_of_the_split():

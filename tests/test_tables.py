@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from dsnet_jax.cli import _parser
 from dsnet_jax.config import to_json
 from dsnet_jax.errors import InputError
+from dsnet_jax.evaluation.submissions import FORMATS
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = """
@@ -22,6 +25,7 @@ from dsnet_jax.config import default_config
 
 def get_config(name="base"):
     config = default_config()
+    config.init_from = "weights/resnet50" if name in ("base", "tuned") else ""
     config.data.name = "shapes"
     config.training.epochs = 40
     config.model.width = {"base": 8, "aspp": 16, "regular": 24, "cgds": 32, "tuned": 40}[name]
@@ -123,11 +127,21 @@ def row_of(page: Path, system: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_row_of_the_tables_has_a_config_that_loads(scripts):
+def test_every_row_of_the_tables_has_commands_that_are_read_and_a_config_that_loads(scripts):
     runs = scripts[1]
     for scale in ("cpu", "paper"):
+        earlier = {""}
         for run in runs.planned(scale, 1):
-            assert run.load().seed == 0, run
+            config = run.load()
+            assert config.seed == 0, run
+            without = scale == "cpu" or run.config.startswith("voc2012_comparison") or run.config.endswith(":baseline")
+            assert config.model.deep_supervision != without, run
+            assert run.after in earlier, run
+            earlier.add(run.config)
+            for command in run.commands("runs", run.flags("runs")):
+                options, fields = _parser().parse_known_args(command)
+                assert fields == (run.flags("runs") if options.command == "train" else []), command
+            assert not run.submits or FORMATS[config.data.name].archive == Path(options.submission).suffix
     assert len({runs.run_of(row, 0).name for row in runs.ROWS["cpu"]}) == len(runs.ROWS["cpu"])
 
 
@@ -206,9 +220,11 @@ def test_the_end_of_the_minutes_stops_a_run_that_goes_on_later(stage, capsys, mo
     assert 0 < len(steps) < 10 and "0 of 1 runs are finished, 0 failed\nleft, in" in capsys.readouterr().out
     assert not (stage.folder / "docs" / "results").exists()
     stage.orders["seconds"] = 0
-    for split, step in ("train", 10), ("val", 5):  # Scored by hand: not what a table shows.
+    config = json.loads((log.parent / "config.json").read_text())
+    other = config | {"evaluation": config["evaluation"] | {"scales": [1.0]}}
+    for split, step, of in ("train", 10, config), ("val", 5, config), ("val", 10, other):  # By hand: not for a table.
         (folder := log.parent / "evaluation" / f"{split}{step}").mkdir(parents=True)
-        results = {"protocol": "ss", "split": split, "checkpoint_step": step, "miou": 0.99}
+        results = {"protocol": "ss", "split": split, "checkpoint_step": step, "config": of, "miou": 0.99}
         (folder / "results.json").write_text(json.dumps(results))
     assert stage.main("--scale=cpu", "--seeds=1", "--only=cgds") == 0
     assert stage.facts("camvid_comparison-cgds-seed0")["scores"]["ss"]["miou"] == 0.5
@@ -243,6 +259,13 @@ def test_a_training_that_was_left_behind_keeps_others_out(stage, capsys):
     assert f"a training that it left behind (process {left.pid})" in capsys.readouterr().err
     left.communicate(b"\n")
     assert stage.main("--scale=cpu", "--only=cgds", "--seeds=1") == 0
+
+
+def test_other_scales_than_the_config_s_make_a_trial(stage):
+    fields = ("--config.evaluation.scales=(1.0,)",)
+    assert stage.main("--scale=cpu", "--seeds=1", "--only=cgds", fields=fields) == 0
+    assert stage.page.read_text() == PAGE and not (stage.folder / "docs" / "results").exists()
+    assert row_of(stage.folder / "runs" / "trial" / "results.md", "DSNet")[3] == "50.00"
 
 
 def test_a_trial_is_never_a_result(stage, capsys):
@@ -294,9 +317,87 @@ def test_one_training_is_scored_by_all_protocols_of_its_rows(stage):
     assert stage.main("--scale=paper") == 0 and stage.calls() == []
 
 
+def test_what_a_chosen_run_starts_from_is_done_too(stage):
+    assert stage.main("--scale=paper", "--only=tuned") == 0
+    assert [call for call in stage.calls() if call.startswith("train")] == ["train big-seed0", "train big-tuned-seed0"]
+
+
 def test_nothing_starts_from_a_run_that_is_not_finished(stage, capsys):
+    stage.orders["broken"] = ["big-seed0"]
     assert stage.main("--scale=paper", "--only=tuned") == 1
-    assert stage.calls() == [] and "starts from big-seed0, which is not finished" in capsys.readouterr().err
+    assert stage.calls() == ["train big-seed0"]
+    assert "starts from big-seed0, which is not finished" in capsys.readouterr().err
+
+
+def test_where_the_workdir_to_start_from_is_elsewhere_it_is_said_what_to_do(stage, capsys):
+    assert stage.main("--scale=paper", "--only=tuned") == 0
+    results = stage.folder / "docs" / "results"
+    (results / "big-tuned-seed0.json").unlink()
+    shutil.rmtree(stage.folder / "runs")
+    stage.calls()
+    assert stage.main("--scale=paper", "--only=tuned") == 1 and stage.calls() == []
+    told = capsys.readouterr().err
+    assert f"starts from {stage.folder}/runs/big-seed0, which is not there: copy it" in told
+    assert f"or remove {results}/big-seed0.json, and the same command trains it again\n" in told
+
+
+def test_facts_tell_what_a_run_started_from(stage, capsys):
+    assert stage.main("--scale=paper") == 0 and stage.main("--scale=cpu", "--seeds=1", "--only=cgds") == 0
+    names = "big-seed0", "big-tuned-seed0", "camvid_comparison-cgds-seed0"
+    assert [stage.facts(name)["experiment"]["init_from"] for name in names] == ["weights/resnet50", "big-seed0", ""]
+    for name in names:  # As facts without the field were, all of them of runs from the seed.
+        facts = stage.facts(name)
+        del facts["experiment"]["init_from"]
+        (stage.folder / "docs" / "results" / f"{name}.json").write_text(json.dumps(facts))
+    assert stage.main() == 0
+    shown = [row_of(stage.page, system)[2] for system in ("base", "tuned")]
+    assert shown == ["not run", "not run"] and row_of(stage.page, "DSNet")[3] == "50.00"
+    assert "not shown: init_from:  -> weights/resnet50" in capsys.readouterr().err
+    (stage.folder / "docs" / "results" / "big-seed0.json").unlink()
+    from_seed = stage.runs.run_of(ROWS["paper"][0]["rows"][0], 0).load(["--config.init_from="])
+    (stage.folder / "runs" / "big-seed0" / "config.json").write_text(to_json(from_seed))
+    run = stage.runs.planned("paper", 1)[0]
+    with pytest.raises(InputError, match="is a trial and not collected: init_from: weights/resnet50 -> "):
+        stage.runs.collect(run, stage.folder / "runs" / run.name, run.load(), stage.folder / "docs" / "results", "")
+
+
+def test_every_seed_that_is_there_is_shown_where_it_has_the_protocol(stage):
+    assert stage.main("--scale=paper") == 0
+    facts, results = stage.facts("big-seed0"), stage.folder / "docs" / "results"
+    del facts["scores"]["flip"]
+    (results / "big-seed12.json").write_text(json.dumps(facts | {"seed": 12, "hardware": "a bird"}))
+    assert stage.main() == 0
+    assert row_of(stage.page, "base")[4:7] == ["0, 12", "10", "2 cores of a test, a bird"]
+    assert row_of(stage.page, "base, flip")[4:7] == ["0", "10", "2 cores of a test"]
+
+
+def test_every_version_that_trained_a_run_is_kept(stage, monkeypatch):
+    stage.orders["broken"] = ["big-seed0"]
+    for version, broken in ("a", ["big-seed0"]), ("a", ["big-seed0"]), ("b", []):
+        monkeypatch.setattr(stage.runs, "_version", lambda version=version: version)
+        stage.orders["broken"] = broken
+        stage.main("--scale=paper", "--only=big-seed0")
+    assert stage.facts("big-seed0")["version"] == "a, b"
+    facts = stage.facts("big-seed0")
+    del facts["scores"]["flip"]
+    (stage.folder / "docs" / "results" / "big-seed0.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(stage.runs, "_version", lambda: "c")  # Which only scores.
+    assert stage.main("--scale=paper", "--only=big-seed0") == 0 and stage.facts("big-seed0")["version"] == "a, b"
+
+
+def test_a_version_is_dirty_where_what_computes_is(scripts, monkeypatch, tmp_path):
+    runs = scripts[1]
+    monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
+    for name in "configs", "docs":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    for command in ["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", "a"]:
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "docs" / "a").write_text("2")
+    assert re.fullmatch(r"\S+ \([0-9a-f]+\)", runs._version())
+    (tmp_path / "configs" / "a").write_text("2")
+    assert re.fullmatch(r"\S+ \([0-9a-f]+-dirty\)", runs._version())
 
 
 def test_a_page_without_its_markers_is_left_alone(stage, capsys):
@@ -306,8 +407,19 @@ def test_a_page_without_its_markers_is_left_alone(stage, capsys):
     assert stage.page.read_text() == page and stage.calls() == []
 
 
-@pytest.mark.parametrize("flag", ["--config=x.py", "--config.seed=3", "--config.init_from=x", "--scales=cpu"])
-def test_flags_that_are_the_tables_own_are_refused(stage, flag, capsys):
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--config=x.py",
+        "--config.seed=3",
+        "--config.init_from=x",
+        "--config.init_from=",
+        "--scales=cpu",
+        "--seeds=0",
+        "--seeds=-1",
+    ],
+)
+def test_flags_that_are_the_tables_own_or_no_number_of_seeds_are_refused(stage, flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         stage.tables.main(["--scale=cpu", flag])
     assert flag in capsys.readouterr().err

@@ -34,7 +34,9 @@ class ASPP(nn.Module):
         """[B, H, W, C] -> [B, H, W, width]."""
         branches = [ConvNormRelu(self.width, dtype=self.dtype, name="point")(x, extent, train=train)]
         for i, rate in enumerate(self.atrous_rates):
-            dilation = max(1, rate * 16 // self.output_stride)
+            dilation, rest = divmod(rate * 16, self.output_stride)
+            if rest:
+                raise ValueError(f"atrous_rates are {self.atrous_rates}: even ones are needed at output stride 32")
             atrous = ConvNormRelu(self.width, 3, dilation=dilation, dtype=self.dtype, name=f"atrous{i}")
             branches.append(atrous(x, extent, train=train))
         pooled = ConvNormRelu(self.width, dtype=self.dtype, name="pool")(global_mean(x, extent), train=train)

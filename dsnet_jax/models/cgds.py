@@ -48,11 +48,13 @@ class DynamicSamplingConv(nn.Module):
       width: channels of the output.
       kernel_size: k; k*k points are sampled at each position.
       modulated: samples are scaled, each by a sigmoid that the guide predicts with the offsets; all start at one half.
+      formulation: as of `dynamic_sampling_conv`; None: the platform's own.
     """
 
     width: int = 256
     kernel_size: int = 3
     modulated: bool = False
+    formulation: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -78,7 +80,7 @@ class DynamicSamplingConv(nn.Module):
             predicted = Conv(outputs, 3, use_bias=True, kernel_init=init, dtype=precise, name="offset")(guide, extent)
             offsets = predicted[..., : 2 * k * k].reshape(*x.shape[:3], k * k, 2)
             modulation = nn.sigmoid(predicted[..., 2 * k * k :]) if self.modulated else None
-            sampled = dynamic_sampling_conv(source, offsets, kernel, modulation)
+            sampled = dynamic_sampling_conv(source, offsets, kernel, modulation, formulation=self.formulation)
         return BatchNorm(relu=True, dtype=self.dtype, name="norm")(sampled, train=train), offsets
 
 
@@ -91,6 +93,7 @@ class CGDS(nn.Module):
       modification_kernel: side of the feature modification's convolution.
       stride_ratio: the low-level map's stride over that of the high-level one.
       sampling: where the points come from, one of `SAMPLINGS`.
+      formulation: as of `dynamic_sampling_conv`; None: the platform's own.
     """
 
     width: int = 256
@@ -98,6 +101,7 @@ class CGDS(nn.Module):
     modification_kernel: int = 1
     stride_ratio: float = 0.5
     sampling: str = "predicted"
+    formulation: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -119,7 +123,9 @@ class CGDS(nn.Module):
             points_from = resize_map(gathered, modified.shape[1:3], self.stride_ratio, extent)
         elif self.sampling != "predicted":
             points_from = modified if self.sampling == "self" else None
-        convolution = DynamicSamplingConv(self.width, self.sampling_kernel, dtype=self.dtype)
+        convolution = DynamicSamplingConv(
+            self.width, self.sampling_kernel, formulation=self.formulation, dtype=self.dtype
+        )
         nn.share_scope(self, convolution)
         sampled, offsets = convolution(modified, points_from, extent, train=train)
         return CGDSOutput(modified, sampled, guide, offsets)

@@ -35,6 +35,7 @@ class DSNet(nn.Module):
         two projected to `width`.
       sampling: where CGDS has its points from: `cgds.SAMPLINGS`.
       sampling_kernel: k.
+      sampling_formulation: as of `dynamic_sampling_conv`; None: the platform's own.
       modification_kernel: side of the feature modification's convolution.
       dropout: before the classes, training only.
       deep_supervision: a classifier on stage4, training only.
@@ -50,6 +51,7 @@ class DSNet(nn.Module):
     guide: str = "aspp"
     sampling: str = "predicted"
     sampling_kernel: int = 3
+    sampling_formulation: str | None = None
     modification_kernel: int = 1
     dropout: float = 0.1
     deep_supervision: bool = True
@@ -80,6 +82,7 @@ class DSNet(nn.Module):
             self.modification_kernel,
             stride_ratio=min(2**self.low_level_stage / stride, 1.0),
             sampling=self.sampling,
+            formulation=self.sampling_formulation,
             dtype=self.dtype,
             name="cgds",
         )

@@ -24,7 +24,7 @@ def dsnet(output_stride, low_level_stage, guide, modification_kernel=1, **argume
         backbone(output_stride, **arguments),
         num_classes=4,
         width=8,
-        atrous_rates=RATES,
+        atrous_rates=[rate * max(1, output_stride // 16) for rate in RATES],  # At stride 32 they are halved.
         low_level_stage=low_level_stage,
         guide=guide,
         modification_kernel=modification_kernel,
