@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a small synthetic data set, trains DSNet on it and evaluates the result; safe to run again: what is done is
-# skipped, an interrupted training resumes.
+# Makes a small synthetic data set, trains DSNet on it and evaluates the result. Safe to run again: an interrupted
+# training resumes, a finished one is not repeated; the data is checked and the network evaluated again.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 workdir=runs/shapes_quickstart
 
