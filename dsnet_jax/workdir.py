@@ -24,10 +24,10 @@ def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
     (`gs://`) has none: there, nothing keeps two runs apart.
 
     Raises:
-      InputError: another run has it, or it cannot be written.
+      InputError: another run has it, or it cannot be reached or written.
     """
     workdir = epath.Path(workdir)
-    with _writable(workdir):
+    with _reachable(workdir), _writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     if is_remote(workdir):
         yield
@@ -71,8 +71,9 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec
 def check_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec) -> list[str] | None:
     """`claim_workdir`, without writing: gives None for a workdir that is new."""
     file = epath.Path(workdir) / CONFIG
-    if not file.exists():
-        return None
+    with _reachable(workdir):
+        if not file.exists():
+            return None
     different = differences(from_json(file.read_text(), str(file)), config)
     if fixed := [line for name, line in different.items() if name not in FREE_FIELDS]:
         raise InputError(
@@ -91,11 +92,12 @@ def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
     """The config and the classes of the run in a workdir.
 
     Raises:
-      InputError: there is none.
+      InputError: there is none, or it cannot be reached.
     """
     workdir = epath.Path(workdir)
-    if not (workdir / CONFIG).exists():
-        raise InputError(f"{workdir} holds no run ({CONFIG} is missing): give the --workdir of `dsnet train`")
+    with _reachable(workdir):
+        if not (workdir / CONFIG).exists():
+            raise InputError(f"{workdir} holds no run ({CONFIG} is missing): give the --workdir of `dsnet train`")
     return from_json((workdir / CONFIG).read_text(), f"{workdir / CONFIG}"), _read_spec(workdir)
 
 
@@ -121,6 +123,16 @@ def write_bytes(file: epath.Path, data: bytes) -> None:
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is in an object store such as `gs://`, which knows neither locks nor appending."""
     return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def _reachable(workdir: epath.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:  # Of the package that reads `gs://`, when a path there is first touched.
+        raise InputError(
+            f"{workdir} cannot be reached ({error}): pip install -e '.[gcs]' for gs://, or give another --workdir"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from etils import epath
 from dsnet_jax.config import FREE_FIELDS, default_config
 from dsnet_jax.data.specs import CAMVID, SHAPES
 from dsnet_jax.errors import InputError
-from dsnet_jax.workdir import claim_workdir, locked_workdir, open_workdir, write_text
+from dsnet_jax.workdir import check_workdir, claim_workdir, locked_workdir, open_workdir, write_text
 
 
 def test_a_workdir_remembers_its_config_and_classes(tmp_path):
@@ -50,6 +50,18 @@ def test_a_workdir_that_cannot_be_written_is_an_error_in_one_line(tmp_path):
         locked_workdir(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_storage_whose_package_is_missing_is_an_error_in_one_line_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # An import raises.
+    uses = (
+        lambda workdir: locked_workdir(workdir).__enter__(),
+        lambda workdir: check_workdir(workdir, default_config(), SHAPES),
+        open_workdir,
+    )
+    for use in uses:
+        with pytest.raises(InputError, match=r"^gs://bucket/run cannot be reached .*gcsfs.*pip install -e '\.\[gcs\]'"):
+            use("gs://bucket/run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
