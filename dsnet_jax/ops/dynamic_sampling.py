@@ -69,8 +69,8 @@ def _run(function: str, formulation: str | None, features: jax.Array, *arguments
     gathers row after row, while matrix products are what it is built for: products, not measured there either. At 64x64
     cells of 256 channels the products that stand for reading or adding one cell take 2.7 ns at a v5e's peak, a cell
     being 512 bytes in bfloat16: gathering is quicker if it reaches a quarter of the memory's bandwidth. "hat" is also
-    for deterministic runs on CUDA, where a scatter adds up in no fixed order (and, with jaxlib 0.10.2 and 0.11.0, slowly
-    but for a flag that `parallel.configure` sets: who calls this without our commands sets it too, or asks for "hat").
+    for deterministic runs on CUDA, where a scatter adds up in no fixed order (and slowly with jaxlib 0.10.2 and 0.11.0
+    but for a flag that `parallel.configure` sets; who calls this without our commands sets it too, or asks for "hat").
     """
     by_gather, by_products = (getattr(module, function) for module in FORMULATIONS.values())
     if formulation is not None:
