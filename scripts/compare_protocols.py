@@ -3,7 +3,8 @@
     python scripts/compare_protocols.py ms_flip --sizes=50 --check=10
 
 The plain loop compiles the network for each image's own size, without canvas, extent or batches. Both sides see random
-images of as many sizes, in turns; compilations are not timed, but counted. The network is a DSNet of random weights.
+images of as many sizes, in turns; compilations are not timed, but counted. The network is a DSNet, of random weights,
+or that of a run.
 """
 
 import argparse
@@ -25,10 +26,12 @@ from dsnet_jax.evaluation.canvases import Batch, batches, choose_canvases
 from dsnet_jax.evaluation.inference import Segmenter, segment
 from dsnet_jax.evaluation.passes import mean_probabilities, passes_over
 from dsnet_jax.evaluation.protocols import NAMES, Protocol, protocol_named
+from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.experiment import build_model
 from dsnet_jax.ops import Extent, resize_bilinear
 from dsnet_jax.ops.normalise import normalise
 
+TURNS = 3
 STRIDE = 8  # Of the logits of a DSNet that samples stage3.
 
 
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, default=50, help="images, each of another size")
     parser.add_argument("--check", type=int, default=10, help="of these, whose probabilities are compared")
     parser.add_argument("--sides", type=int, nargs=2, default=(160, 415), help="shortest and longest side")
+    parser.add_argument("--workdir", help="of a run, whose network and last weights are taken")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--classes", type=int, default=21)
@@ -51,12 +55,16 @@ def main() -> None:
     config = default_config()
     config.model.update(backbone=options.backbone, width=options.width, deep_supervision=False)
     config.evaluation.slide_crop_hw = (192, 192)
-    model, protocol = build_model(config.model, options.classes), protocol_named(options.protocol, config)
-    variables = jax.device_put(random_variables(model))
+    protocol = protocol_named(options.protocol, config)
+    if options.workdir:
+        trained = load_trained(options.workdir)
+        model, variables = trained.model, trained.variables
+    else:
+        model = build_model(config.model, options.classes)
+        variables = jax.device_put(random_variables(model))
     made = make_batches(options.sizes, options.sides, protocol)
     print_padding(made, protocol)
-    sides = compile_all(model, variables, made, protocol)
-    print_times(*time_all(sides))
+    print_times(*time_both(model, variables, made, protocol))
     if options.check:
         checked = [made[position] for position in spread_evenly(options.check, len(made))]
         print_differences(model, variables, checked, protocol)
@@ -139,45 +147,40 @@ def _starts(side: int, crop: int, stride: int) -> list[int]:
     return starts
 
 
-def compile_all(model: nn.Module, variables: dict, made: list[Batch], protocol: Protocol) -> list[list[Callable]]:
-    """For both sides a function for each image, called once: ours, and the plain loop's."""
+def time_both(model: nn.Module, variables: dict, made: list[Batch], protocol: Protocol) -> np.ndarray:
+    """Seconds of every image, ours and the plain loop's, [2, N]: medians of turns. Compares the labels.
+
+    The plain loop's program is made anew for each image, and dropped: a process may not map the code of hundreds.
+    """
     segmenter = Segmenter(model, variables, parallel.local_mesh(), protocol)
-
-    @jax.jit
-    def plain(variables: dict, image: jax.Array) -> jax.Array:
-        network = partial(model.apply, variables, train=False)
-        probabilities = plain_probabilities(lambda images: network(images).logits, image, protocol)
-        return jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
-
-    sides = [
-        [partial(segmenter, batch) for batch in made],
-        [partial(plain, variables, batch.examples[0].image) for batch in made],
-    ]
-    for name, side in zip(("ours", "the plain loop"), sides, strict=True):
-        before, began = segment._cache_size() + plain._cache_size(), time.perf_counter()
-        for function in side:
-            jax.block_until_ready(function())
-        compiled = segment._cache_size() + plain._cache_size() - before
-        print(
-            f"{name}: {compiled} programs, {time.perf_counter() - began:.0f} s to compile (or find) and run them once"
-        )
-    agreeing, pixels = 0, 0
-    for (ours, theirs), batch in zip(zip(*sides, strict=True), made, strict=True):
-        [(_, labels)] = batch.cropped(ours()[0])
-        agreeing, pixels = agreeing + np.sum(labels == theirs()), pixels + labels.size
+    before, began = segment._cache_size(), time.perf_counter()
+    for batch in made:
+        jax.block_until_ready(segmenter(batch))
+    took, compiled = time.perf_counter() - began, segment._cache_size() - before
+    print(f"ours: {compiled} programs, {took:.0f} s to compile (or find) and run them once", flush=True)
+    seconds, took, agreeing, pixels = np.zeros((2, TURNS, len(made))), 0.0, 0, 0
+    for index, batch in enumerate(made):
+        plain = jax.jit(partial(plain_labels, model, protocol))
+        sides = partial(segmenter, batch), partial(plain, variables, batch.examples[0].image)
+        began = time.perf_counter()
+        expected = np.asarray(sides[1]())
+        took += time.perf_counter() - began
+        [(_, labels)] = batch.cropped(sides[0]()[0])
+        agreeing, pixels = agreeing + np.sum(labels == expected), pixels + labels.size
+        for turn in range(TURNS):
+            for side, function in enumerate(sides):
+                began = time.perf_counter()
+                jax.block_until_ready(function())
+                seconds[side, turn, index] = time.perf_counter() - began
+    print(f"the plain loop: {len(made)} programs, {took:.0f} s to compile (or find) and run them once")
     print(f"labels of all {len(made)} images: {100 * agreeing / pixels:.4f} % are the same")
-    return sides
+    return np.median(seconds, axis=1)
 
 
-def time_all(sides: list[list[Callable]]) -> list[np.ndarray]:
-    """Seconds of every image on both sides, in turns."""
-    seconds = np.zeros((2, len(sides[0])))
-    for index, pair in enumerate(zip(*sides, strict=True)):
-        for side, function in enumerate(pair):
-            began = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[side, index] = time.perf_counter() - began
-    return list(seconds)
+def plain_labels(model: nn.Module, protocol: Protocol, variables: dict, image: jax.Array) -> jax.Array:
+    network = partial(model.apply, variables, train=False)
+    probabilities = plain_probabilities(lambda images: network(images).logits, image, protocol)
+    return jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
 
 
 def print_padding(made: list[Batch], protocol: Protocol) -> None:
@@ -208,8 +211,7 @@ def print_differences(model: nn.Module, variables: dict, made: list[Batch], prot
         bands = jax.lax.map(partial(mean_probabilities, passes), jnp.arange(0, canvas_hw[0], 32))
         return bands.swapaxes(0, 1).reshape(1, *canvas_hw, -1)
 
-    @jax.jit
-    def theirs(variables: dict, image: jax.Array) -> jax.Array:
+    def plain(variables: dict, image: jax.Array) -> jax.Array:
         network = partial(model.apply, variables, train=False)
         return plain_probabilities(lambda images: network(images).logits, image, protocol)
 
@@ -218,6 +220,7 @@ def print_differences(model: nn.Module, variables: dict, made: list[Batch], prot
         height, width = batch.examples[0].label_hw
         scaled_hw = protocol.scaled_hw(batch.size_hw)
         found = np.asarray(ours(variables, (batch.images, batch.size_hw), scaled_hw, batch.label_canvas_hw))
+        theirs = jax.jit(lambda variables, image: plain(variables, image))  # One program at a time, as above.
         found, expected = found[0, :height, :width], np.asarray(theirs(variables, batch.examples[0].image))
         difference = np.abs(found - expected).max()
         same = found.argmax(-1) == expected.argmax(-1)
