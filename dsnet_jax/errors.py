@@ -1,5 +1,9 @@
 """The one exception that a user may cause."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class InputError(Exception):
     """What the user gave cannot be used: a file, a config, a flag, a checkpoint.
@@ -11,3 +15,17 @@ class InputError(Exception):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def writing_into(folder: str | os.PathLike, otherwise: str) -> Iterator[None]:
+    """Within, what the system says about a file becomes an InputError of one line.
+
+    Args:
+      folder: what is written into.
+      otherwise: what the user can do, as "give another --output".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror or error}): {otherwise}") from error

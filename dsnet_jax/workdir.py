@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 
 from dsnet_jax.config import FREE_FIELDS, differences, from_json, to_json
 from dsnet_jax.data.specs import DatasetSpec
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, writing_into
 
 CONFIG, SPEC = "config.json", "dataset.json"
+ANOTHER = "give another --workdir"
 
 
 @contextlib.contextmanager
@@ -27,13 +28,13 @@ def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
       InputError: another run has it, or it cannot be reached or written.
     """
     workdir = epath.Path(workdir)
-    with _reachable(workdir), _writable(workdir):
+    with _reachable(workdir), writing_into(workdir, ANOTHER):
         workdir.mkdir(parents=True, exist_ok=True)
     if is_remote(workdir):
         yield
         return
     if not os.access(workdir, os.W_OK):
-        raise InputError(f"{workdir} cannot be written (Permission denied): give another --workdir")
+        raise InputError(f"{workdir} cannot be written (Permission denied): {ANOTHER}")
     lock = os.open(workdir, os.O_RDONLY)
     try:
         try:
@@ -60,7 +61,7 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec
     """
     different = check_workdir(workdir, config, spec)
     workdir = epath.Path(workdir)
-    with _writable(workdir):
+    with writing_into(workdir, ANOTHER):
         if different is None:
             write_text(workdir / SPEC, json.dumps(spec.to_json(), indent=2) + "\n")
         if different != []:
@@ -133,11 +134,3 @@ def _reachable(workdir: epath.PathLike) -> Iterator[None]:
         raise InputError(
             f"{workdir} cannot be reached ({error}): pip install -e '.[gcs]' for gs://, or give another --workdir"
         ) from error
-
-
-@contextlib.contextmanager
-def _writable(workdir: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{workdir} cannot be written ({error.strerror}): give another --workdir") from error

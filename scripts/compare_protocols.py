@@ -9,7 +9,6 @@ or that of a run.
 
 import argparse
 import time
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -105,16 +104,16 @@ def _blocks(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def plain_probabilities(network: Callable[[jax.Array], jax.Array], image: jax.Array, protocol: Protocol) -> jax.Array:
+def plain_probabilities(model: nn.Module, protocol: Protocol, variables: dict, image: jax.Array) -> jax.Array:
     """The mean softmax of all passes over a bare image, uint8 [H, W, 3] -> [H, W, K], as one would write it down.
 
-    `network` takes normalised images and gives logits at `STRIDE`.
+    The network takes normalised images and gives logits at `STRIDE`.
     """
     size_hw = image.shape[:2]
     image = normalise(image[None])
 
     def seen(images: jax.Array, shape_hw: tuple[int, int]) -> jax.Array:
-        logits = network(images)
+        logits = model.apply(variables, images, train=False).logits
         ratio_hw = tuple(size / shape / STRIDE for size, shape in zip(images.shape[1:3], shape_hw, strict=True))
         return jax.nn.softmax(resize_bilinear(logits, shape_hw, ratio_hw), axis=-1)
 
@@ -178,9 +177,7 @@ def time_both(model: nn.Module, variables: dict, made: list[Batch], protocol: Pr
 
 
 def plain_labels(model: nn.Module, protocol: Protocol, variables: dict, image: jax.Array) -> jax.Array:
-    network = partial(model.apply, variables, train=False)
-    probabilities = plain_probabilities(lambda images: network(images).logits, image, protocol)
-    return jnp.argmax(probabilities, axis=-1).astype(jnp.uint8)
+    return jnp.argmax(plain_probabilities(model, protocol, variables, image), axis=-1).astype(jnp.uint8)
 
 
 def print_padding(made: list[Batch], protocol: Protocol) -> None:
@@ -211,16 +208,12 @@ def print_differences(model: nn.Module, variables: dict, made: list[Batch], prot
         bands = jax.lax.map(partial(mean_probabilities, passes), jnp.arange(0, canvas_hw[0], 32))
         return bands.swapaxes(0, 1).reshape(1, *canvas_hw, -1)
 
-    def plain(variables: dict, image: jax.Array) -> jax.Array:
-        network = partial(model.apply, variables, train=False)
-        return plain_probabilities(lambda images: network(images).logits, image, protocol)
-
     largest, agreeing, pixels = 0.0, 0, 0
     for batch in made:
         height, width = batch.examples[0].label_hw
         scaled_hw = protocol.scaled_hw(batch.size_hw)
         found = np.asarray(ours(variables, (batch.images, batch.size_hw), scaled_hw, batch.label_canvas_hw))
-        theirs = jax.jit(lambda variables, image: plain(variables, image))  # One program at a time, as above.
+        theirs = jax.jit(partial(plain_probabilities, model, protocol))  # One program at a time, as above.
         found, expected = found[0, :height, :width], np.asarray(theirs(variables, batch.examples[0].image))
         difference = np.abs(found - expected).max()
         same = found.argmax(-1) == expected.argmax(-1)

@@ -16,7 +16,7 @@ from dsnet_jax.data.records import composed_splits, open_split, split_names
 from dsnet_jax.data.specs import IGNORE_LABEL
 from dsnet_jax.data.survey import PANEL_HW, Look, look_at
 from dsnet_jax.data.suspicions import Finding, suspicious
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import writing_into
 
 LISTED = 10  # Names below a finding; the JSON file has all of them.
 COLUMNS = 6  # Of a sheet of examples.
@@ -126,13 +126,11 @@ def _write(folder: epath.Path, looks: Sequence[Look], findings: Sequence[Finding
         },
         "suspicious": [dataclasses.asdict(finding) for finding in findings],
     }
-    try:
+    with writing_into(folder, "give another --output"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "inspection.json").write_text(json.dumps(report, indent=2) + "\n")
         for look in looks:
             write_picture(folder / f"{look.name}.png", contact_sheet(look))
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): give another --output") from error
     print(f"written to {folder}: inspection.json, {', '.join(f'{look.name}.png' for look in looks)}")
 
 

@@ -17,10 +17,10 @@ from dsnet_jax.data.drawing import write_picture
 from dsnet_jax.data.pipeline import Example, evaluation_examples
 from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.data.specs import DatasetSpec
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.boundary import boundary_counts
-from dsnet_jax.evaluation.folders import check_writable, picture_names, writing_into
+from dsnet_jax.evaluation.folders import check_writable, picture_names
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained, open_split_of

@@ -1,14 +1,13 @@
 """The folders that results are written into, and what pictures are called there."""
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 
 from dsnet_jax.data.pipeline import Example
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import writing_into
 from dsnet_jax.workdir import is_remote
 
 
@@ -31,15 +30,6 @@ def check_writable(folder: epath.PathLike, otherwise: str) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-@contextlib.contextmanager
-def writing_into(folder: epath.PathLike, otherwise: str) -> Iterator[None]:
-    """Within, what the system says about a file becomes an InputError of one line; arguments as of `check_writable`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}): {otherwise}") from error
 
 
 def picture_names(examples: Sequence[Example]) -> list[str]:

@@ -13,9 +13,9 @@ from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, 
 from dsnet_jax.data.drawing import overlay, write_picture
 from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.transforms import scaled_size_hw
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation.canvases import canvas_hw
-from dsnet_jax.evaluation.folders import check_writable, writing_into
+from dsnet_jax.evaluation.folders import check_writable
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.passes import scaled_canvases
 from dsnet_jax.evaluation.pictures import write_labels

@@ -18,9 +18,9 @@ from dsnet_jax import parallel
 from dsnet_jax.data.drawing import outlines, write_picture
 from dsnet_jax.data.pipeline import Example, evaluation_examples, load_example
 from dsnet_jax.data.records import Split, spread_evenly
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation.canvases import choose_canvases
-from dsnet_jax.evaluation.folders import check_writable, picture_names, writing_into
+from dsnet_jax.evaluation.folders import check_writable, picture_names
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.pictures import comparisons
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE

@@ -37,15 +37,17 @@ def sha256_of(file: Path) -> str:
     Raises:
       InputError: the file cannot be read; or it has the name of one of `RELEASES`, and is another one.
     """
+    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
     try:
         with file.open("rb") as opened:
             checksum = hashlib.file_digest(opened, "sha256").hexdigest()
-            opened.seek(0)
-            sha1 = hashlib.file_digest(opened, "sha1").hexdigest()
+            unknown = named and not checksum.startswith(named[1])
+            if unknown:
+                opened.seek(0)
+                unknown = not hashlib.file_digest(opened, "sha1").hexdigest().startswith(named[1])
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): give a .safetensors or .pth file") from error
-    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
-    if named and not checksum.startswith(named[1]) and not sha1.startswith(named[1]):
+    if unknown:
         if named[1][:8] in RELEASES:
             raise InputError(
                 f"{file}: its sha256 begins with {checksum[:8]}, by its name it should be {named[1]}: it was damaged "

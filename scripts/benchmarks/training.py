@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks import harness
 from benchmarks.evaluation import same_network, write_for_peer
@@ -88,7 +88,7 @@ def _train(config_flags: list[str], scores: dict[str, dict[str, float]]) -> floa
     return seconds
 
 
-def _flags(config: ConfigDict, folder: Path) -> list[str]:
+def _flags(config: ConfigDict, folder: Path) -> list[Any]:
     """Writes both splits' files as they were prepared, and gives the flags for PyTorch's side."""
     splits = {
         "train": open_split(config.data.root, config.data.name, config.data.train_split),
@@ -98,19 +98,17 @@ def _flags(config: ConfigDict, folder: Path) -> list[str]:
     for name, split in splits.items():
         write_for_peer(split, folder / name)
     return [
-        str(folder),
+        folder,
         *network,
         f"--classes={splits['train'].spec.num_classes}",
         f"--image-scale={config.data.image_scale}",
-        *_pair("--crop-size-hw", config.data.crop_size_hw),
-        *_pair("--scale-range", config.data.scale_range),
+        "--crop-size-hw",
+        *config.data.crop_size_hw,
+        "--scale-range",
+        *config.data.scale_range,
         f"--batch-size={config.data.batch_size}",
         f"--epochs={config.training.epochs}",
         f"--evaluate-every-epochs={config.training.evaluate_every_epochs}",
         f"--base-lr={config.optimizer.base_lr}",
         f"--weight-decay={config.optimizer.weight_decay}",
     ]
-
-
-def _pair(flag: str, values: tuple) -> Iterator[str]:
-    yield from (flag, *map(str, values))

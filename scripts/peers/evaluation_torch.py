@@ -10,25 +10,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from answering import answer, read_options
-from network_torch import DSNet
+from network_torch import add_network_arguments, dsnet_of
 from torchvision.io import ImageReadMode, decode_image
 
 MEAN, DEVIATION = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
+def confusion(label: torch.Tensor, predicted: torch.Tensor, classes: int) -> torch.Tensor:
+    """How often each class was labelled as each, int64 [classes, classes]; values from `classes` on are ignored."""
+    valid = label < classes
+    pairs = label[valid] * classes + predicted[valid]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--output-stride", type=int, default=16)
-    parser.add_argument("--sampling-kernel", type=int, default=3)
-    parser.add_argument("--classes", type=int, default=21)
+    add_network_arguments(parser)
     parser.add_argument("--image-scale", type=float, default=1.0)
     options = read_options(parser)
     classes = options.classes
-    network = DSNet(options.backbone, classes, options.width, options.output_stride, options.sampling_kernel)
-    network = network.to(memory_format=torch.channels_last).eval()
+    network = dsnet_of(options).to(memory_format=torch.channels_last).eval()
     files = sorted((options.folder / "images").iterdir())
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
 
@@ -43,9 +45,7 @@ def main() -> None:
                 size_hw = [round(side * options.image_scale) for side in label.shape]
                 image = F.interpolate(image, size_hw, mode="bilinear", align_corners=False)
             predicted = network(image, label.shape).argmax(1)[0]
-            valid = label < classes
-            pairs = label[valid] * classes + predicted[valid]
-            matrix.add_(torch.bincount(pairs, minlength=classes**2).view(classes, classes))
+            matrix.add_(confusion(label, predicted, classes))
 
     def pixels() -> int:
         return int(matrix.sum())

@@ -70,17 +70,27 @@ def dilate_basic_blocks(layers: list[nn.Sequential], dilated: list[bool]) -> Non
                 block.downsample[0].stride = (1, 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which DSNet."""
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--output-stride", type=int, default=16)
+    parser.add_argument("--sampling-kernel", type=int, default=3)
     parser.add_argument("--classes", type=int, default=21)
+
+
+def dsnet_of(options: argparse.Namespace) -> DSNet:
+    """The network that these flags ask for."""
+    return DSNet(options.backbone, options.classes, options.width, options.output_stride, options.sampling_kernel)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_network_arguments(parser)
     parser.add_argument("--size-hw", type=int, nargs=2, default=(512, 512))
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--output-stride", type=int, default=16)
     options = read_options(parser)
-    network = DSNet(options.backbone, options.classes, options.width, options.output_stride)
-    network = network.to(memory_format=torch.channels_last)
+    network = dsnet_of(options).to(memory_format=torch.channels_last)
     images = torch.randn(options.batch, 3, *options.size_hw).to(memory_format=torch.channels_last)
     labels = torch.randint(0, options.classes, (options.batch, *options.size_hw))
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from answering import answer, read_options
-from evaluation_torch import DEVIATION, MEAN
-from network_torch import DSNet
+from evaluation_torch import DEVIATION, MEAN, confusion
+from network_torch import add_network_arguments, dsnet_of
 from torch import nn
 from torchvision.io import ImageReadMode, decode_image
 
@@ -25,11 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", choices=("dsnet", "smp_deeplabv3plus"), default="dsnet")
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--output-stride", type=int, default=16)
-    parser.add_argument("--sampling-kernel", type=int, default=3)
-    parser.add_argument("--classes", type=int, default=21)
+    add_network_arguments(parser)
     parser.add_argument("--image-scale", type=float, default=1.0)
     parser.add_argument("--crop-size-hw", type=int, nargs=2, default=(512, 512))
     parser.add_argument("--scale-range", type=float, nargs=2, default=(0.5, 2.0))
@@ -57,7 +53,7 @@ def build(options: argparse.Namespace) -> nn.Module:
         return smp.DeepLabV3Plus(
             options.backbone, encoder_weights=None, classes=options.classes, encoder_output_stride=stride
         )
-    return DSNet(options.backbone, options.classes, options.width, options.output_stride, options.sampling_kernel)
+    return dsnet_of(options)
 
 
 def train(options: argparse.Namespace, pictures: dict[str, list[Picture]]) -> dict[str, float]:
@@ -116,9 +112,7 @@ def evaluate(network: nn.Module, pictures: list[Picture], options: argparse.Name
     for image, label in pictures:
         seen = F.interpolate(image[None] / 255 - MEAN, options.crop_size_hw, mode="bilinear", align_corners=False)
         logits = F.interpolate(network(normalise(seen)), label.shape, mode="bilinear", align_corners=False)
-        valid = label < classes
-        pairs = label[valid].long() * classes + logits.argmax(1)[0][valid]
-        matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        matrix += confusion(label.long(), logits.argmax(1)[0], classes)
     right = matrix.diagonal()
     union = matrix.sum(0) + matrix.sum(1) - right
     present = union > 0

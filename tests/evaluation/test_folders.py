@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dsnet_jax.data.pipeline import Example
-from dsnet_jax.errors import InputError
-from dsnet_jax.evaluation.folders import check_writable, picture_names, writing_into
+from dsnet_jax.errors import InputError, writing_into
+from dsnet_jax.evaluation.folders import check_writable, picture_names
 
 
 def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):

@@ -114,7 +114,9 @@ def test_the_points_are_drawn_where_they_lie_and_those_outside_are_counted():
 
 
 def test_an_id_is_no_formula():
-    drawn(np.zeros((4, 6, 9, 2), np.float32), [(12, 20)], id_="$x^{$").savefig(io.BytesIO())
+    figure = drawn(np.zeros((4, 6, 9, 2), np.float32), [(12, 20)], id_="$x^{$")
+    figure.savefig(io.BytesIO())  # A formula would be put together here, and fail.
+    assert figure.get_suptitle().startswith("$x^{$: offsets of ")
 
 
 def test_the_map_has_a_cell_for_each_position_with_the_mean_of_its_points_in_pixels():
