@@ -72,6 +72,19 @@ def _keep_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)
 
 
+def share_of_mappings() -> float:
+    """Of the memory mappings that Linux allows a process (vm.max_map_count), those in use; 0 where that is not told.
+
+    XLA maps every function of a program for CPU by itself, of large programs more than a thousand; when there are no
+    mappings left, LLVM ends the process. Some 40 programs of `ms_flip` need all 65,530.
+    """
+    try:
+        with open("/proc/self/maps", "rb") as maps, open("/proc/sys/vm/max_map_count") as limit:
+            return sum(1 for _ in maps) / int(limit.read())
+    except OSError:
+        return 0.0
+
+
 def global_mesh() -> Mesh:
     """All devices of all processes."""
     return mesh_over(jax.devices())

@@ -1,5 +1,6 @@
 """Meshes and shardings."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -37,6 +38,25 @@ def test_replicated_arrays_are_whole_on_every_device():
     mesh = parallel.global_mesh()
     array = jax.device_put(np.arange(6.0), parallel.replicated(mesh))
     assert [shard.data.shape for shard in array.addressable_shards] == [(6,)] * 8
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux tells them")
+def test_the_share_of_mappings_grows_with_what_is_mapped():
+    before = parallel.share_of_mappings()
+    assert 0 < before < 0.9
+    files = [mmap.mmap(-1, 4096, prot=prot) for _ in range(500) for prot in (mmap.PROT_READ, mmap.PROT_WRITE)]
+    with open("/proc/sys/vm/max_map_count") as limit:
+        assert parallel.share_of_mappings() - before > 500 / int(limit.read())
+    for file in files:
+        file.close()
+
+
+def test_where_mappings_are_not_told_there_is_room(monkeypatch):
+    def not_there(*arguments):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", not_there)
+    assert parallel.share_of_mappings() == 0
 
 
 @pytest.fixture

@@ -107,17 +107,15 @@ def records_of_step(record_count: int, seed: int, step: int, batch_size: int) ->
 def evaluation_examples(
     split: Split | DecodedSplit,
     image_scale: float,
-    process_index: int = 0,
-    process_count: int = 1,
+    positions: Sequence[int] | None = None,
     read_threads: int = 4,
 ) -> Iterator[Example]:
-    """Every `process_count`-th example of a split from `process_index` on, in order, decoded ahead by threads.
+    """Examples of a split, decoded ahead by threads.
 
     Args:
       split: with or without labels.
       image_scale: working resolution, a factor on both sides of the image.
-      process_index: of this process, among `process_count`.
-      process_count: processes that share the split; together they get every example once.
+      positions: in the split, of those that are wanted, in the order in which they are; None: of all.
       read_threads: threads that decode, and examples that are kept ready.
 
     Returns:
@@ -127,7 +125,8 @@ def evaluation_examples(
       InputError: while iterating, a record that cannot be decoded.
     """
     load = functools.partial(load_example, split=split, image_scale=image_scale)
-    return _iterate(grain.MapDataset.range(len(split))[process_index::process_count].map(load), read_threads)
+    wanted = range(len(split)) if positions is None else positions
+    return _iterate(grain.MapDataset.source(wanted).map(load), read_threads)
 
 
 def _record_order(record_count: int, seed: int) -> grain.MapDataset[int]:

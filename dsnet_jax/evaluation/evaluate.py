@@ -2,7 +2,7 @@
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -91,12 +91,17 @@ def evaluate(
     num_classes = split.spec.num_classes
     matrix, boundary = np.zeros((num_classes, num_classes), np.int64), np.zeros((3, num_classes), np.int64)
     shown = []
-    examples = evaluation_examples(split, config.data.image_scale, index, count, config.data.read_threads)
-    if processes.is_main_process():
-        examples = track(examples, f"evaluating {split.spec.name} {split.name}", len(own))
+
+    def examples_at(positions: Sequence[int]) -> Iterator[Example]:
+        records = [own[position] for position in positions]
+        examples = evaluation_examples(split, image_scale, records, config.data.read_threads)
+        if processes.is_main_process():
+            return track(examples, f"evaluating {split.spec.name} {split.name}", len(own))
+        return examples
+
     told = 0
-    sizes_hw, batch_size = split.sizes_hw[index::count], config.evaluation.batch_size
-    for batch, labels, counts in segmenter.run_known(examples, sizes_hw, config.data.image_scale, batch_size):
+    image_scale, batch_size = config.data.image_scale, config.evaluation.batch_size
+    for batch, labels, counts in segmenter.run_known(examples_at, split.sizes_hw[own], image_scale, batch_size):
         matrix += np.asarray(counts, np.int64)
         pairs = ((example.label, part) for example, part in batch.cropped(labels))
         boundary += boundary_counts(pairs, num_classes, config.data.read_threads)

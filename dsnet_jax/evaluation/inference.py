@@ -1,6 +1,6 @@
 """Compiled inference on images of any size: one program for each pair of canvases, with all passes of a protocol."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -41,15 +41,23 @@ class Segmenter:
           protocol: see above.
         """
         self.model, self.mesh, self.protocol = model, mesh, protocol
+        self._canvases: set[CanvasPair] = set()  # That have their program.
         self._variables = jax.device_put(jax.device_get(variables), parallel.replicated(mesh))
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Labels a batch, whose size must be a multiple of the device count. Does not wait for the devices.
 
+        Before a program would be one too many for a process (`parallel.share_of_mappings`), all are dropped.
+
         Returns:
           labels: uint8 [B, Ho, Wo], predicted; 255 outside each `label_hw`.
           counts: the confusion matrix of the batch, int32 [K, K] as in `metrics`; None without true labels.
         """
+        canvases = batch.images.shape[1:3], batch.label_canvas_hw
+        if canvases not in self._canvases and parallel.share_of_mappings() > 0.5:
+            segment.clear_cache()
+            self._canvases.clear()
+        self._canvases.add(canvases)
         arrays = batch.images, batch.size_hw, self.protocol.scaled_hw(batch.size_hw), batch.labels, batch.label_hw
         arrays = jax.device_put(arrays, parallel.split_by_batch(self.mesh))
         static = {"protocol": self.protocol, "label_canvas_hw": batch.label_canvas_hw}
@@ -89,12 +97,18 @@ class Segmenter:
             yield under_way
 
     def run_known(
-        self, examples: Iterable["Example"], sizes_hw: np.ndarray, image_scale: float, batch_size: int
+        self,
+        examples_at: Callable[[Sequence[int]], Iterable["Example"]],
+        sizes_hw: np.ndarray,
+        image_scale: float,
+        batch_size: int,
     ) -> Iterator[tuple[Batch, jax.Array, jax.Array | None]]:
         """As `run`, for examples whose sizes are known beforehand: on the few canvases of `choose_canvases`.
 
+        One canvas after another, the largest first: a program is needed no more when the next one is compiled.
+
         Args:
-          examples: see `batches`.
+          examples_at: gives the examples at positions in `sizes_hw`, in their order.
           sizes_hw: heights and widths of their labels, [N, 2].
           image_scale: working resolution: of the images over the labels.
           batch_size: images a batch, divided by how much the protocol enlarges an image; see `whole` for the rest.
@@ -103,6 +117,12 @@ class Segmenter:
         why = f" ({batch_size} at single scale: for {self.protocol.name} an image takes {times:g} times the memory)"
         batch_size = self.whole(max(1, int(batch_size / times)), why if times > 1 else "")
         canvases = choose_canvases(sizes_hw, image_scale, self.protocol, batch_size)
+
+        def order(position: int) -> tuple:
+            image, label = canvases[tuple(sizes_hw[position].tolist())]
+            return -image[0] * image[1], image, label, position
+
+        examples = examples_at(sorted(range(len(sizes_hw)), key=order))
         return self.run(examples, batch_size, lambda example: canvases[example.label_hw])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from dsnet_jax import parallel
-from dsnet_jax.data.pipeline import evaluation_examples
+from dsnet_jax.data.pipeline import Example, evaluation_examples
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import protocol_named
 from dsnet_jax.evaluation.submissions import write_submission
@@ -49,9 +49,12 @@ def predict_submission(
     def predictions() -> Iterator[tuple[str, np.ndarray]]:
         segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh(), seen)
         scale = config.data.image_scale
-        examples = evaluation_examples(data, scale, read_threads=config.data.read_threads)
-        examples = track(examples, f"labelling {data.spec.name} {data.name}", len(data))
-        for batch, labels, _ in segmenter.run_known(examples, data.sizes_hw, scale, config.evaluation.batch_size):
+
+        def examples_at(positions: Sequence[int]) -> Iterator[Example]:
+            examples = evaluation_examples(data, scale, positions, config.data.read_threads)
+            return track(examples, f"labelling {data.spec.name} {data.name}", len(data))
+
+        for batch, labels, _ in segmenter.run_known(examples_at, data.sizes_hw, scale, config.evaluation.batch_size):
             for example, prediction in batch.cropped(labels):
                 yield example.id, prediction
 

@@ -186,9 +186,41 @@ def test_a_batch_that_a_protocol_makes_smaller_than_the_devices_need_is_told_as_
     model = OneConvolution()
     segmenter = Segmenter(model, random_variables(model), mesh_of(4), Protocol("ms_flip", (0.5, 2.0), flip=True))
     with caplog.at_level("WARNING", "absl"):
-        segmenter.run_known([], np.zeros((0, 2), np.int32), 1.0, 8)
+        segmenter.run_known(lambda positions: [], np.zeros((0, 2), np.int32), 1.0, 8)
     wanted = "1 (8 at single scale: for ms_flip an image takes 8 times the memory)"
     assert f"evaluating 4 images at a time, not {wanted}: there are 4 devices" in caplog.text
+
+
+def test_images_of_known_sizes_come_canvas_by_canvas_the_largest_first():
+    sizes_hw = [(20, 20), (60, 90), (30, 31), (90, 60), (60, 90), (10, 20), (88, 60)]
+    examples = list(make_examples(sizes_hw))
+
+    def examples_at(positions):
+        return (examples[position] for position in positions)
+
+    model = OneConvolution()
+    segmenter = Segmenter(model, random_variables(model), mesh_of(1))
+    found = list(segmenter.run_known(examples_at, np.array(sizes_hw), 1.0, 1))
+    assert [batch.examples[0].index for batch, _, _ in found] == [1, 4, 3, 6, 0, 2, 5]
+    assert [batch.images.shape[1:3] for batch, _, _ in found] == [(64, 96)] * 2 + [(96, 64)] * 2 + [(32, 32)] * 3
+    for batch, labels, _ in found:
+        alone, _ = segmenter(batch)
+        np.testing.assert_array_equal(labels, alone)
+
+
+def test_programs_are_dropped_before_there_are_too_many_for_a_process(monkeypatch):
+    sizes_hw = [(20, 20), (40, 20), (20, 40), (40, 40), (20, 20)]
+    model = OneConvolution()
+    variables, expected = random_variables(model), []
+    for share, programs in ((0.5, 4), (0.51, 1)):
+        monkeypatch.setattr(parallel, "share_of_mappings", lambda share=share: share)
+        segment.clear_cache()
+        segmenter = Segmenter(model, variables, mesh_of(1))
+        labels = [labels for _, labels, _ in segmenter.run(make_examples(sizes_hw), 1)]
+        assert segment._cache_size() == programs
+        for one, other in zip(labels, expected or labels, strict=True):
+            np.testing.assert_array_equal(one, other)
+        expected = labels
 
 
 def test_the_next_batch_is_started_before_a_result_is_handed_out():
