@@ -70,12 +70,22 @@ def port(file: str, workdir: epath.PathLike, backbone_only: bool = False) -> Non
         with _removed_on_failure(folder):
             checkpoints = Checkpoints(folder)
             tree = "variables" if layout.head else "backbone"
-            checkpoints.save(0, {tree: jax.device_put(conversion.variables)}, {"ported_from": about})
+            checkpoints.save(0, {tree: _move_to_device(conversion)}, {"ported_from": about})
             checkpoints.close()
             write_text(folder / PORT, json.dumps(about, indent=2) + "\n")
             if layout.head:
                 claim_workdir(folder, config_of(layout), VOC2012)  # Last: it says that all the rest is there.
     _tell(source, folder, layout, conversion, origin or "none of the releases known here", checksum)
+
+
+def _move_to_device(conversion: Conversion) -> dict[str, Any]:
+    """Its variables, array by array, so that there are never two copies of all of them."""
+    leaves, structure = jax.tree.flatten(conversion.variables)
+    conversion.variables = {}
+    for index, leaf in enumerate(leaves):
+        leaves[index] = jax.block_until_ready(jax.device_put(leaf))
+    conversion.variables = jax.tree.unflatten(structure, leaves)
+    return conversion.variables
 
 
 def arrays_ported(

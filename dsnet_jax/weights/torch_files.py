@@ -1,13 +1,20 @@
 """Arrays from files of others: .safetensors, and what `torch.save` writes, of which nothing is ever run."""
 
 import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
 import os
 import pickletools
 import re
+import subprocess
+import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +24,7 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.weights.torchvision import RELEASES
 
 MAX_PICKLE_BYTES = 2**26  # Of the names and shapes; ResNet-152 has 0.2 MB of them. Arrays lie beside.
-CONTAINERS = ("state_dict", "model_state_dict", "model")  # Where the arrays are, among other things.
+READER = Path(__file__).with_name("torch_reader.py")
 
 # What the pickle of a state dict may name. PyTorch's own list is longer, and its reader, weights_only, comes after.
 HARMLESS = re.compile(
@@ -86,43 +93,32 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(file: Path) -> dict[str, np.ndarray]:
-    zipped = _refuse_what_could_run(file)
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{file}: PyTorch is needed to read it: pip install -e '.[port]', or give a .safetensors file"
-        ) from error
-    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
-        raise InputError(f"{file}: PyTorch 2.10 or later is needed to read it safely, {torch.__version__} is here")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # Whatever damage makes its readers raise.
-        raise _damaged(file, error) from error
-    for container in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(container), dict):
-            content = content[container]
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise InputError(f"{file}: holds a {type(content).__name__}, not arrays by name: give a state dict")
-    return {name: _as_numpy(file, name, tensor) for name, tensor in content.items()}
+    _refuse_what_could_run(file)
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(f"{file}: PyTorch is needed to read it: pip install -e '.[port]', or give a .safetensors file")
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 10):
+        raise InputError(f"{file}: PyTorch 2.10 or later is needed to read it safely, {version} is here")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-P", str(READER), str(file.absolute()), folder]
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        said = (ended.stderr.strip().splitlines() or [f"PyTorch ended with exit code {ended.returncode}"])[-1]
+        if ended.returncode == 1:
+            raise InputError(f"{file}: {said}")
+        if ended.returncode:
+            raise _damaged(file, said)
+        data = np.fromfile(Path(folder, "arrays"), np.uint8)
+        index = json.loads(Path(folder, "index.json").read_text())
+
+    def array(dtype: str, shape: list[int], start: int) -> np.ndarray:
+        dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    return {name: array(*where) for name, *where in index}
 
 
-def _as_numpy(file: Path, name: str, tensor: Any) -> np.ndarray:
-    import torch
-
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise InputError(f"{file}: {name} is no plain array: give a state dict")
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def _refuse_what_could_run(file: Path) -> bool:
-    """Looks through the pickles without unpickling them, before PyTorch is as much as imported.
-
-    Returns:
-      Whether the file is a zip archive, the format since PyTorch 1.6.
+def _refuse_what_could_run(file: Path) -> None:
+    """Looks through the pickles without unpickling them, before PyTorch is as much as started.
 
     Raises:
       InputError: they name anything but arrays and dicts, or are damaged.
@@ -142,7 +138,6 @@ def _refuse_what_could_run(file: Path) -> bool:
             raise
         except Exception as error:  # Whatever damage makes its readers raise.
             raise _damaged(file, error) from error
-    return zipped
 
 
 def _pickles(opened: BinaryIO, zipped: bool) -> Iterator[BinaryIO]:
@@ -171,7 +166,7 @@ def _globals(pickle: BinaryIO) -> Iterator[str]:
             yield f"pickle {opcode.name}"
 
 
-def _damaged(file: Path, error: Exception) -> InputError:
+def _damaged(file: Path, error: Exception | str) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
         f"{file}: damaged or no such file, {os.path.getsize(file)} bytes ({reason[:150]}): download it again"

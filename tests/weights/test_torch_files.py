@@ -267,6 +267,6 @@ def test_a_whole_module_and_what_is_no_array_are_refused(torch, tmp_path):
 
 def test_a_pytorch_that_reads_less_safely_is_refused(torch, tmp_path, monkeypatch):
     torch.save({"a": torch.ones(2)}, tmp_path / "x.pth")
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    monkeypatch.setattr(torch_files.importlib.metadata, "version", {"torch": "2.9.1+cpu"}.get)
     with pytest.raises(InputError, match=r"PyTorch 2\.10 or later is needed.*2\.9\.1"):
         read_arrays(tmp_path / "x.pth")
