@@ -6,6 +6,7 @@ are kept at the network's stride. They are resized straight to the label's size,
 as a whole, 150 classes at 4000x3000 pixels for instance, would need gigabytes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -103,18 +104,33 @@ def _windows(network, images, extent, label_hw, label_canvas_hw, protocol) -> Pa
     images = jnp.pad(images, ((0, 0), (0, CANVAS_MULTIPLE), (0, CANVAS_MULTIPLE), (0, 0)))
     last = jnp.maximum(0, extent.size_hw - crop_hw)
     rows, columns = _places(extent.size_hw, label_hw, label_canvas_hw)
+    batch, windows = len(images), np.array(list(np.ndindex(*protocol.windows_hw(np.array(extent.canvas_hw)))))
+    together = _windows_at_once(len(windows), canvas_hw, extent.canvas_hw)
+    several = Extent(jnp.repeat(window.size_hw, together, axis=0), canvas_hw)
 
-    def look(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        start = index * stride_hw
-        new = jnp.all(start < last + stride_hw, axis=-1)  # Not one that was seen before.
-        start = jnp.minimum(start, last)
-        seen = jax.vmap(lambda image, yx: jax.lax.dynamic_slice(image, (*yx, 0), (*canvas_hw, 3)))(images, start)
-        logits = network(window.zero_outside(seen), window)
+    def look(indices: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start = indices * stride_hw  # [n, 2]; of every image [B, n, 2].
+        new = jnp.all(start < last[:, None] + stride_hw, axis=-1)  # Not one that was seen before.
+        start = jnp.minimum(start, last[:, None])
+        cut = jax.vmap(jax.vmap(lambda image, yx: jax.lax.dynamic_slice(image, (*yx, 0), (*canvas_hw, 3)), (None, 0)))
+        seen = cut(images, start).reshape(-1, *canvas_hw, 3)  # Of a batch split over devices each keeps its own part.
+        logits = network(several.zero_outside(seen), several)
         # Rows of a window that was seen before lie in none.
-        return logits, jnp.where(new[:, None], rows - start[:, :1], -1), columns - start[:, 1:]
+        places = jnp.where(new[..., None], rows[:, None] - start[..., :1], -1), columns[:, None] - start[..., 1:]
+        return jax.tree.map(lambda x: x.swapaxes(0, 1), (logits.reshape(batch, together, *logits.shape[1:]), *places))
 
-    grid = protocol.windows_hw(np.array(extent.canvas_hw))
-    return Passes(*jax.lax.map(look, jnp.array(list(np.ndindex(*grid)))), window, in_part=True)
+    found = jax.lax.map(look, jnp.array(windows.reshape(-1, together, 2)))
+    return Passes(*(array.reshape(-1, *array.shape[2:]) for array in found), window, in_part=True)
+
+
+def _windows_at_once(count: int, window_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> int:
+    """How many of an image's windows the network sees at a time: a divisor of their number.
+
+    Together they have about the pixels of the canvas, so that memory is that of a single pass over the image. One at a
+    time would leave a CPU's cores, or an accelerator, half idle.
+    """
+    most = -(-math.prod(canvas_hw) // math.prod(window_hw))
+    return next(number for number in range(min(most, count), 0, -1) if count % number == 0)
 
 
 def mirror(images: jax.Array, widths: jax.Array) -> jax.Array:
