@@ -21,7 +21,7 @@ MODULES = (
     *(f"benchmarks.{name}" for name in ("operator", "network", "pipeline", "training", "evaluation", "exported")),
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly", "cache_folder")
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 @pytest.fixture

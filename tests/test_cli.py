@@ -249,7 +249,6 @@ def test_python_m_is_the_command():
     assert (run.returncode, run.stderr) == (2, "dsnet: unknown command 'trian': did you mean 'train'?\n")
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_every_command_on_real_files_from_images_to_labels(tmp_path, rooms, small_config, capsys):
     """What the README says, on a small data set and with a small network."""
     source, data = rooms.parent / "source", tmp_path / "datasets"

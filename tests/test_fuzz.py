@@ -8,8 +8,6 @@ import pytest
 
 from dsnet_jax.data import decoding
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture
 def fuzz(monkeypatch):

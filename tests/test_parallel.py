@@ -55,7 +55,7 @@ def test_where_mappings_are_not_told_there_is_room(monkeypatch):
     def not_there(*arguments):
         raise FileNotFoundError
 
-    monkeypatch.setattr("builtins.open", not_there)
+    monkeypatch.setattr(parallel, "open", not_there, raising=False)
     assert parallel.share_of_mappings() == 0
 
 

@@ -17,8 +17,6 @@ from dsnet_jax.plan.targets import COMPILER_OPTIONS, TARGETS, Target, find_targe
 from dsnet_jax.summary import parts_of
 from dsnet_jax.training.program import check_shares, step_of
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 # Of programs compiled for a TPU v5e, an H100 and a CPU.
 TEXT = """
 HloModule jit_train_step, is_scheduled=true, entry_computation_layout={(f32[8]{0:T(128)})->f32[8]{0:T(128)}}

@@ -7,8 +7,6 @@ import dsnet_jax
 from dsnet_jax.cli import main
 from dsnet_jax.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture
 def images():

@@ -11,8 +11,8 @@ What is done with what is not plain 8-bit RGB:
 
 Masks are stricter, see `decode_mask`.
 
-Libraries: Pillow reads headers and palettes, kornia-rs decodes 8-bit RGB and grey PNG, in half of OpenCV's time (its zlib
-is an old one), OpenCV all else. PNG being lossless, whose pixels they are makes no difference.
+Libraries: Pillow reads headers and palettes; kornia-rs decodes 8-bit RGB and grey PNG, in half of OpenCV's time, whose
+zlib is an old one; OpenCV decodes all else. PNG being lossless, it makes no difference who decodes it.
 """
 
 import os

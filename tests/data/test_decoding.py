@@ -166,7 +166,12 @@ def test_png_files_give_the_pixels_that_opencv_gives(channels):
     for index in range(60):
         shape = (*rng.integers(1, 50, 2), channels)
         pixels = rng.integers(0, 256, shape, np.uint8) // np.uint8(rng.choice([1, 100]))
-        flags = [cv2.IMWRITE_PNG_FILTER, (0, 8, 16, 32, 64, 128, 248)[index % 7], cv2.IMWRITE_PNG_COMPRESSION, index % 10]
+        flags = [
+            cv2.IMWRITE_PNG_FILTER,
+            (0, 8, 16, 32, 64, 128, 248)[index % 7],
+            cv2.IMWRITE_PNG_COMPRESSION,
+            index % 10,
+        ]
         data = cv2.imencode(".png", pixels, flags)[1].tobytes()
         if index % 3 == 0:
             colour = tuple(pixels[0, 0].tolist()) if channels == 3 else int(pixels[0, 0, 0])

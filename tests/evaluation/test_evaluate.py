@@ -30,8 +30,6 @@ from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.ops import resize_bilinear
 from dsnet_jax.ops.normalise import normalise
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def plain_matrix(trained, split, image_scale):
     """Image by image: no canvas, no batch, no padding, and somebody else's confusion matrix."""

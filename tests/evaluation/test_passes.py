@@ -15,8 +15,6 @@ from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
 from dsnet_jax.models.dsnet import DSNet
 from dsnet_jax.ops import Extent, resize_bilinear
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CANVAS_HW = (96, 128)
 SIZES_HW = [(53, 61), (1, 1), (96, 128), (64, 127)]
 PROTOCOLS = {

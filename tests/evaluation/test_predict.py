@@ -22,8 +22,6 @@ from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.ops import resize_bilinear
 from dsnet_jax.ops.normalise import normalise
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):

@@ -13,8 +13,6 @@ from dsnet_jax.evaluation import sampling_pictures, sampling_points
 from dsnet_jax.evaluation.sampling_pictures import _draw_points
 from dsnet_jax.evaluation.sampling_points import SampledPoints
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def inspect_points(run, rooms, *flags):
     return cli.main(["inspect", "points", f"--workdir={run}", f"--root={rooms}", *map(str, flags)])

@@ -78,7 +78,6 @@ def test_figures_in_cells_are_what_training_logs():
     assert found.outside == pytest.approx(float(logged["offset_outside"]))
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_the_points_are_those_of_the_bare_image_in_its_own_cells(tiny_backbone, random_variables):
     from dsnet_jax.models.dsnet import DSNet
 
@@ -98,7 +97,6 @@ def test_the_points_are_those_of_the_bare_image_in_its_own_cells(tiny_backbone, 
     assert found[0].pixels_per_cell == (16, 16) and found[1].pixels_per_cell == (8, 8)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_a_batch_is_shared_by_the_devices_on_the_canvases_that_are_given(monkeypatch):
     class OnePoint(nn.Module):
         @nn.compact

@@ -285,7 +285,6 @@ def test_what_cannot_become_a_submission_is_told_before_anything_is_predicted(vo
         write_submission(tmp_path / "two.tgz", open_split(str(prepared), "two", "test"), unwanted())
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("protocol", ["ss", "flip"])
 def test_a_split_is_predicted_into_an_archive_with_the_labels_that_its_images_get_alone(
     protocol, random_run, rooms, tmp_path, monkeypatch, capsys
@@ -307,7 +306,6 @@ def test_a_split_is_predicted_into_an_archive_with_the_labels_that_its_images_ge
         assert different.sum() <= 1  # Rounding may decide between two equal logits.
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_a_split_whose_data_set_has_no_server_is_refused(random_run, tmp_path, capsys):
     flags = ["--split=test", f"--submission={tmp_path / 'rooms.tgz'}"]
     assert cli.main(["predict", f"--workdir={random_run}", *flags]) == 1

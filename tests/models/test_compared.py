@@ -11,8 +11,6 @@ from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.ops import Extent
 from dsnet_jax.variants import VARIANTS, vary
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CANVAS_HW, SIZE_HW = (96, 128), (67, 93)
 # One for each part; the others are put together from the same ones, or are DSNet and FCN, which have their own tests.
 NAMES = ("nonlocal", "regular", "pspnet", "dcnv2", "dynamic_filter", "deeplabv3plus")

@@ -2,13 +2,10 @@
 
 import jax
 import numpy as np
-import pytest
 
 from dsnet_jax.models.pyramid import PyramidPooling
 from dsnet_jax.ops import resize_bilinear
 from dsnet_jax.ops.pooling import adaptive_mean
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def test_it_is_the_map_and_its_means_reduced_and_resized_coarsest_first(random_variables):

@@ -9,8 +9,6 @@ import pytest
 
 from dsnet_jax.models.resnet import REMAT, BasicBlock, Bottleneck, ResNet
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 OTHERS = [name for name in REMAT if name != "none"]
 
 

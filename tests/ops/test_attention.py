@@ -7,7 +7,6 @@ import pytest
 
 from dsnet_jax.ops.attention import attend
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 RNG = np.random.default_rng(0)
 QUERIES, KEYS, VALUES = (RNG.standard_normal((2, *shape)).astype(np.float32) for shape in ((7, 4), (5, 4), (5, 3)))
 VALID = np.array([[True, False, True, True, False], [True] * 5])

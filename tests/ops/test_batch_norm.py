@@ -7,8 +7,6 @@ import pytest
 
 from dsnet_jax.ops.batch_norm import batch_norm, relu
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 EPSILON = 1e-5
 
 

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsnet_jax.ops import dynamic_sampling_conv
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(params=["gather", "hat"])
 def formulation(request):

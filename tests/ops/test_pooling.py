@@ -8,7 +8,6 @@ import pytest
 from dsnet_jax.ops import Extent
 from dsnet_jax.ops.pooling import adaptive_mean
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 pool = jax.jit(adaptive_mean, static_argnums=1)
 
 

@@ -11,8 +11,6 @@ import pytest
 from dsnet_jax.models.layers import SegmentationOutput
 from dsnet_jax.training.gradients import compute_gradients, offset_metrics
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CLASSES, BATCH = 3, 8
 
 

@@ -15,8 +15,6 @@ from dsnet_jax.training.init_from import init_from
 from dsnet_jax.training.loop import train
 from dsnet_jax.weights.safetensors import to_safetensors
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def leaves(tree):
     return {

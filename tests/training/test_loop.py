@@ -38,9 +38,6 @@ class Broken(Exception):
     """What nobody expects, at a chosen batch."""
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 def watch_records(monkeypatch):
     """Positions of the records of every batch that the loop draws, as it draws them."""
     seen = []

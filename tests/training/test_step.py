@@ -11,8 +11,6 @@ from dsnet_jax.training.losses import cross_entropy
 from dsnet_jax.training.optimizer import poly_schedule, sgd
 from dsnet_jax.training.step import TrainState, initial_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CLASSES = 3
 SCHEDULE = poly_schedule(0.05, 0.9, 10)
 OPTIMIZER = sgd(0.9, 1e-4, True, 0.1, 1.0, 1.0)

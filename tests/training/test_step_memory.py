@@ -14,8 +14,6 @@ from dsnet_jax.plan.programs import collectives_in, lower_training
 from dsnet_jax.plan.targets import TARGETS, mesh_of
 from dsnet_jax.training.program import step_of
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CLASSES, SIDE, IMAGES = 150, 64, 2  # Of a device.
 
 

@@ -25,8 +25,6 @@ from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.weights.export import export
 from dsnet_jax.weights.program import _on_canvas
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 WITHOUT_US = """
     import io, json, sys, zipfile
     import numpy as np

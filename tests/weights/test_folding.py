@@ -7,8 +7,6 @@ from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.models.resnet import RESNETS, Bottleneck, ResNet
 from dsnet_jax.weights.folding import fold_batch_norm
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CHANGES = {
     "dsnet": {},
     "nonlocal": {"sampling": "nonlocal", "guide": "pyramid"},

@@ -13,8 +13,6 @@ from dsnet_jax.weights.onnx import to_onnx
 from dsnet_jax.weights.onnx_graph import IR_VERSION, OPSET, to_graph
 from dsnet_jax.weights.program import label_program
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def run(graph, image):
     opset = onnx.helper.make_opsetid("", OPSET)

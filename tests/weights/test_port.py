@@ -20,8 +20,6 @@ from dsnet_jax.training.init_from import in_short, init_from
 from dsnet_jax.training.loop import train
 from dsnet_jax.weights import port as port_module
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture
 def config(small_config, monkeypatch):

@@ -191,7 +191,6 @@ def renamed(name):
     return f"layer{int(prefix) + 1}.{rest}" if name.startswith("layer_") and dot else name
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_torchvisions_segmenters_label_a_photo_alike(name):
     """The photo comes with matplotlib; its sides are made multiples of 8."""

@@ -179,7 +179,6 @@ def test_numbers_of_other_types_are_cast_and_counted(shapes_of):
     assert norm["bias"].dtype == norm["scale"].dtype == np.float32 and norm["bias"][0] == 0.5
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("head", ["fcn", "deeplabv3"])
 def test_a_ported_segmenter_gives_torchvisions_logits(
     head, torch_cases, make_torch_fixtures, monkeypatch, tmp_path, capsys
