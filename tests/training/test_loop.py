@@ -156,7 +156,6 @@ from pathlib import Path
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
 sys.path.insert(0, sys.argv[1])
 from conftest import TinyBackbone
 from dsnet_jax.config import from_json

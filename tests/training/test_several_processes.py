@@ -25,7 +25,6 @@ import jax
 
 tests, config, workdir, devices, hosts, process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
-jax.config.update("jax_disable_most_optimizations", True)
 sys.path.insert(0, tests)
 from conftest import TinyBackbone
 from dsnet_jax import cli

@@ -34,7 +34,6 @@ WITHOUT_US = """
     images = np.load(f"{folder}/images.npz")
 
     import jax
-    jax.config.update("jax_disable_most_optimizations", True)
     with zipfile.ZipFile(f"{folder}/any.stablehlo") as file:
         program = jax.export.deserialize(bytearray(file.read("program.bin")))
         description = json.loads(file.read("description.json"))
