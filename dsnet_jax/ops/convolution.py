@@ -16,6 +16,9 @@ Formulation = Callable[[jax.Array, jax.Array], jax.Array]
 # (rate 6 on 32 x 32 cells), 3.4 times at 0.39 (rate 18). See docs/performance.md.
 LARGEST_SHARE_OF_TAPS = 0.8
 
+# Of a matrix that holds what several taps read, for a kernel's gradient: wider ones are multiplied no faster.
+MOST_COLUMNS = 128
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
@@ -48,8 +51,13 @@ def _backward(stride: int, dilation: int, residuals: tuple, gradient: jax.Array)
     def gradients(formulation: Formulation) -> Callable:
         return lambda x, kernel, gradient: jax.vjp(formulation, x, kernel)[1](gradient)
 
+    def gradients_on_cpu(x, kernel, gradient):
+        (by_x,) = jax.vjp(lambda x: on_cpu(x, kernel), x)[1](gradient)
+        return by_x, _kernel_gradient(x, kernel, stride, dilation, gradient)
+
     on_cpu, elsewhere = _formulations(x.shape, kernel.shape[0], stride, dilation)
-    return jax.lax.platform_dependent(x, kernel, gradient, cpu=gradients(on_cpu), default=gradients(elsewhere))
+    with_patches = gradients(on_cpu) if on_cpu is not elsewhere else gradients_on_cpu
+    return jax.lax.platform_dependent(x, kernel, gradient, cpu=with_patches, default=gradients(elsewhere))
 
 
 conv2d.defvjp(_forward, _backward)
@@ -110,6 +118,33 @@ def _convolution(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) ->
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+def _kernel_gradient(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, gradient: jax.Array) -> jax.Array:
+    """That of `_convolution` by its kernel, as products of the gradient with what the taps read.
+
+    On CPU XLA's own takes 1.4 to 9 times as long (docs/performance.md). Taps of few channels share a product.
+    """
+    size, channels = kernel.shape[0], x.shape[-1]
+    rows, columns = gradient.shape[1:3]
+    around = (size // 2 * dilation,) * 2
+    # XLA would read for every kernel in the forward pass, and keep it: nothing is read before the gradient is there.
+    corner = gradient[:, :1, :1, :1]
+    padded = jnp.where(corner == corner, jnp.pad(x, ((0, 0), around, around, (0, 0))), jnp.nan)  # A NaN stays one.
+
+    def read(tap: int) -> jax.Array:
+        down, right = (dilation * place for place in divmod(tap, size))
+        end = len(x), down + stride * (rows - 1) + 1, right + stride * (columns - 1) + 1, channels
+        return jax.lax.slice(padded, (0, down, right, 0), end, (1, stride, stride, 1)).reshape(-1, channels)
+
+    taps, together = range(size**2), max(1, MOST_COLUMNS // channels)
+    by_rows, wide = (((0,), (0,)), ((), ())), at_least_float32(x[:0]).dtype
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    products = []
+    for first in taps[::together]:
+        patches = jnp.concatenate([read(tap) for tap in taps[first : first + together]], axis=1)
+        products.append(jax.lax.dot_general(patches, gradient, by_rows, preferred_element_type=wide))
+    return jnp.concatenate(products).reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _tap_by_tap(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
