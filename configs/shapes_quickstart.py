@@ -22,6 +22,6 @@ def get_config():
     config.optimizer.base_lr = 0.05
     config.optimizer.backbone_lr_multiplier = 1.0  # Nothing is pretrained.
     config.optimizer.offset_lr_multiplier = 0.1  # At the full rate the first steps throw the points about.
-    config.training.epochs = 16
-    config.training.evaluate_every_epochs = 8
+    config.training.epochs = 8
+    config.training.evaluate_every_epochs = 4
     return config
