@@ -10,9 +10,6 @@ What is done with what is not plain 8-bit RGB:
   animation          the first frame
 
 Masks are stricter, see `decode_mask`.
-
-Libraries: Pillow reads headers and palettes; kornia-rs decodes 8-bit RGB and grey PNG, in half of OpenCV's time, whose
-zlib is an old one; OpenCV decodes all else. PNG being lossless, it makes no difference who decodes it.
 """
 
 import os
@@ -23,7 +20,6 @@ from collections.abc import Mapping
 from io import BytesIO
 
 import cv2
-import kornia_rs.io
 import numpy as np
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
@@ -82,9 +78,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.nda
     Raises:
       InputError: not such a file, damaged, or too large.
     """
-    size_hw = _check_file(data, name, max_pixels)
-    if _png_kind(data) == (8, "RGB"):
-        return _decode_png(data, size_hw, "rgb", name)
+    _check_file(data, name, max_pixels)
     return _decode(data, cv2.IMREAD_COLOR_RGB, name)
 
 
@@ -111,14 +105,14 @@ def decode_mask(
     Raises:
       InputError: another format or mode, damaged, too large, or a colour without label.
     """
-    size_hw = _check_file(data, name, max_pixels)
-    bits, kind = _png_kind(data)
-    if not bits:
+    _check_file(data, name, max_pixels)
+    if not data.startswith(_PNG):
         raise InputError(f"{name}: masks must be PNG files, and this is another format: convert it")
+    bits, kind = data[24], _PNG_KINDS.get(data[25])
     if kind == "grey" and bits == 8:
-        return _decode_png(data, size_hw, "mono", name)[..., 0]
+        return _decode(data, cv2.IMREAD_GRAYSCALE, name)
     if kind == "RGB" and bits == 8 and labels_of_colours is not None:
-        return _labels_by_colour(_decode_png(data, size_hw, "rgb", name), labels_of_colours, name)
+        return _labels_by_colour(_decode(data, cv2.IMREAD_COLOR_RGB, name), labels_of_colours, name)
     if kind == "palette":
         _decode(data, cv2.IMREAD_COLOR_RGB, name)  # Notices missing rows; Pillow takes them for zeros.
         return np.array(_open_header(data, name))
@@ -178,8 +172,7 @@ def _open_header(data: bytes | os.PathLike, name: str) -> Image.Image:
         raise InputError(f"{name}: damaged, its header cannot be read ({error}): replace it") from error
 
 
-def _check_file(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
-    """Height and width of a file that may be decoded; raises InputError for others."""
+def _check_file(data: bytes, name: str, max_pixels: int):
     height, width = read_size_hw(data, name)
     if max(height, width) > MAX_SIDE:
         raise InputError(f"{name}: {height} x {width} pixels (height x width), a side has at most {MAX_SIDE}: cut it")
@@ -190,12 +183,6 @@ def _check_file(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
         )
     if data.startswith(_PNG):
         _check_png(data, name)
-    return height, width
-
-
-def _png_kind(data: bytes) -> tuple[int, str]:
-    """Bits a channel and kind of a PNG file that has been checked; (0, "") of other formats."""
-    return (data[24], _PNG_KINDS.get(data[25], "")) if data.startswith(_PNG) else (0, "")
 
 
 def _check_png(data: bytes, name: str):
@@ -222,14 +209,6 @@ def _decode(data: bytes, mode: int, name: str) -> np.ndarray:
     if pixels is None:
         raise InputError(f"{name}: damaged, it cannot be decoded: replace it")
     return pixels
-
-
-def _decode_png(data: bytes, size_hw: tuple[int, int], mode: str, name: str) -> np.ndarray:
-    """Of 8 bits a channel, mode "rgb" or "mono": uint8 [H, W, 3] or [H, W, 1]."""
-    try:
-        return kornia_rs.io.decode_image_png_u8(data, size_hw, mode)
-    except Exception as error:  # Its only class of errors.
-        raise InputError(f"{name}: damaged, it cannot be decoded ({error}): replace it") from error
 
 
 def _labels_by_colour(pixels: np.ndarray, labels_of_colours: Mapping[Colour, int], name: str) -> np.ndarray:

@@ -31,13 +31,13 @@ def palette_image(indices, colours):
     return image
 
 
-def raw_png(height, width, bits, kind, rows=b"", palette=b"", interlaced=False):
+def raw_png(height, width, bits, kind, rows=b"", palette=b""):
     """A PNG file with just this header, whose pixels are `rows`."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, interlaced)
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     before_pixels = chunk(b"IHDR", header) + (chunk(b"PLTE", palette) if palette else b"")
     return b"\x89PNG\r\n\x1a\n" + before_pixels + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -147,41 +147,6 @@ def test_a_mask_cut_short_anywhere_is_refused_by_name(mode):
             decode_mask(data[:length], "street/7")
 
 
-@pytest.mark.parametrize("pixels", [IMAGE, IMAGE[..., 0], IMAGE[:1, :1], IMAGE[:3, :2, 0]], ids=lambda x: str(x.shape))
-def test_interlaced_png_files_give_their_pixels(pixels):
-    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-    parts = [pixels[top::down, left::right] for top, left, down, right in passes]
-    rows = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part)
-    data = raw_png(*pixels.shape[:2], 8, 2 if pixels.ndim == 3 else 0, rows, interlaced=True)
-    if pixels.ndim == 3:
-        np.testing.assert_array_equal(decode_image(data, "a"), pixels)
-    else:
-        np.testing.assert_array_equal(decode_mask(data, "a"), pixels)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png_files_give_the_pixels_that_opencv_gives(channels):
-    """A second decoder on noise and on flat parts, in all row filters and levels of compression, transparent or not."""
-    rng = np.random.default_rng(0)
-    for index in range(60):
-        shape = (*rng.integers(1, 50, 2), channels)
-        pixels = rng.integers(0, 256, shape, np.uint8) // np.uint8(rng.choice([1, 100]))
-        flags = [
-            cv2.IMWRITE_PNG_FILTER,
-            (0, 8, 16, 32, 64, 128, 248)[index % 7],
-            cv2.IMWRITE_PNG_COMPRESSION,
-            index % 10,
-        ]
-        data = cv2.imencode(".png", pixels, flags)[1].tobytes()
-        if index % 3 == 0:
-            colour = tuple(pixels[0, 0].tolist()) if channels == 3 else int(pixels[0, 0, 0])
-            data = encode(pixels if channels == 3 else pixels[..., 0], transparency=colour)
-        as_bytes = np.frombuffer(data, np.uint8)
-        np.testing.assert_array_equal(decode_image(data, "a"), cv2.imdecode(as_bytes, cv2.IMREAD_COLOR_RGB))
-        if channels == 1:
-            np.testing.assert_array_equal(decode_mask(data, "a"), cv2.imdecode(as_bytes, cv2.IMREAD_GRAYSCALE))
-
-
 def test_one_flipped_bit_in_a_png_is_noticed():
     image, mask = FILES["png"], encode(IMAGE[..., 0])
     for data, decode in (image, decode_image), (mask, decode_mask):
@@ -190,12 +155,6 @@ def test_one_flipped_bit_in_a_png_is_noticed():
             damaged[position] ^= 1 << position % 8
             with pytest.raises(InputError, match="street/7"):
                 decode(bytes(damaged), "street/7")
-
-
-@pytest.mark.parametrize("rows", [b"", b"\0\1\2\3", b"\0\1\2\3\0\1\2"], ids=len)
-def test_an_image_whose_pixels_end_early_is_refused(rows):
-    with pytest.raises(InputError, match=r"^a: damaged, it cannot be decoded"):
-        decode_image(raw_png(2, 1, 8, 2, rows), "a")
 
 
 def test_a_mask_whose_pixels_end_early_is_refused():
@@ -234,7 +193,6 @@ def test_a_huge_image_is_refused_from_its_header_before_any_pixel_is_decoded(mon
         raise AssertionError("pixels were decoded")
 
     monkeypatch.setattr(decoding.cv2, "imdecode", no_decoding)
-    monkeypatch.setattr(decoding.kornia_rs.io, "decode_image_png_u8", no_decoding)
     monkeypatch.setattr(Image.Image, "load", no_decoding)
     for decode, kind in (decode_image, 2), (decode_mask, 0):
         with pytest.raises(InputError, match=r"street/7: 20000 x 30000 pixels .* limit of 100000000"):
@@ -262,7 +220,7 @@ def test_an_image_that_is_too_thin_is_refused_from_its_header(size_hw):
         decode_image(raw_png(*(side - side // 65_537 for side in size_hw), 8, 0), "street/7")
 
 
-def test_an_image_that_is_far_too_short_for_its_size_is_refused_by_name():
+def test_an_image_beyond_opencv_s_own_limit_is_refused_by_name():
     with pytest.raises(InputError, match="street/7: damaged"):
         decode_image(raw_png(40_000, 40_000, 8, 2), "street/7", max_pixels=10**12)
 
