@@ -56,8 +56,9 @@ def _backward(stride: int, dilation: int, residuals: tuple, gradient: jax.Array)
         return by_x, _kernel_gradient(x, kernel, stride, dilation, gradient)
 
     on_cpu, elsewhere = _formulations(x.shape, kernel.shape[0], stride, dilation)
-    with_patches = gradients(on_cpu) if on_cpu is not elsewhere else gradients_on_cpu
-    return jax.lax.platform_dependent(x, kernel, gradient, cpu=with_patches, default=gradients(elsewhere))
+    tap_by_tap = on_cpu is not elsewhere  # Whose own gradients are products already.
+    cpu = gradients(on_cpu) if tap_by_tap else gradients_on_cpu
+    return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=gradients(elsewhere))
 
 
 conv2d.defvjp(_forward, _backward)
