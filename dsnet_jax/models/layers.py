@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsnet_jax.ops import Extent, resize_bilinear
-from dsnet_jax.ops.batch_norm import batch_norm
+from dsnet_jax.ops.batch_norm import batch_norm, batch_norm_inference
 from dsnet_jax.ops.convolution import conv2d
 from dsnet_jax.ops.precision import at_least_float32
 
@@ -93,8 +93,7 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
         if not train:
-            y = (at_least_float32(x) - mean.value) * (jax.lax.rsqrt(variance.value + EPSILON) * scale) + bias
-            return (nn.relu(y) if self.relu else y).astype(x.dtype)
+            return batch_norm_inference(x, scale, bias, mean.value, variance.value, EPSILON, self.relu)
         y, batch_mean, batch_variance = batch_norm(x, scale, bias, EPSILON, self.relu)
         if not self.is_initializing():
             mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * batch_mean

@@ -16,7 +16,7 @@ from dsnet_jax.ops.precision import at_least_float32
 STATISTICS = "batch_statistics"  # The name by which rematerialisation can keep them: they are sums over all devices.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.jit, static_argnums=(3, 4))  # So that a network's many equal ones are traced and lowered once.
 def batch_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, relu: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -38,6 +38,26 @@ def batch_norm(
       The normalised map, [B, H, W, C] in the type of `x`; mean and (biased) variance, [C], through which no gradient
       goes.
     """
+    return _by_own_statistics(x, scale, bias, epsilon, relu)
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def batch_norm_inference(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mean: jax.Array,
+    variance: jax.Array,
+    epsilon: float,
+    relu: bool = False,
+) -> jax.Array:
+    """Normalises by statistics that are given, channel by channel; otherwise as `batch_norm`."""
+    y = (at_least_float32(x) - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + bias
+    return (jnp.maximum(y, 0) if relu else y).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _by_own_statistics(x, scale, bias, epsilon, relu):
     return _normalise(x, scale, bias, epsilon, relu)[0]
 
 
@@ -67,12 +87,17 @@ def _gradients(epsilon, relu, kept, cotangents):
     return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
 
 
-batch_norm.defvjp(_normalise, _gradients)
+_by_own_statistics.defvjp(_normalise, _gradients)
+
+
+@jax.jit
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), whose gradient reads the result: whoever comes next keeps that anyway."""
+    return _relu(x)
 
 
 @jax.custom_vjp
-def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0), whose gradient reads the result: whoever comes next keeps that anyway."""
+def _relu(x):
     return jnp.maximum(x, 0)
 
 
@@ -86,4 +111,4 @@ def _gradient_of_relu(y, by_y):
     return (jnp.where(y > 0, by_y, 0),)
 
 
-relu.defvjp(_relu_keeping_the_result, _gradient_of_relu)
+_relu.defvjp(_relu_keeping_the_result, _gradient_of_relu)

@@ -20,7 +20,7 @@ LARGEST_SHARE_OF_TAPS = 0.8
 MOST_COLUMNS = 128
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@partial(jax.jit, static_argnums=(2, 3))  # So that a network's many equal ones are traced and lowered once.
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Convolves with zeros around the map: the output has ceil(size / stride) cells a side.
 
@@ -35,12 +35,17 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) 
     Returns:
       [B, ceil(H / stride), ceil(W / stride), D], of the type of `x`.
     """
+    return _conv2d(x, kernel, stride, dilation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     on_cpu, elsewhere = _formulations(x.shape, kernel.shape[0], stride, dilation)
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> tuple[jax.Array, tuple]:
-    return conv2d(x, kernel, stride, dilation), (x, kernel)
+    return _conv2d(x, kernel, stride, dilation), (x, kernel)
 
 
 def _backward(stride: int, dilation: int, residuals: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,7 +66,7 @@ def _backward(stride: int, dilation: int, residuals: tuple, gradient: jax.Array)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=gradients(elsewhere))
 
 
-conv2d.defvjp(_forward, _backward)
+_conv2d.defvjp(_forward, _backward)
 
 
 def _formulations(shape: tuple[int, ...], size: int, stride: int, dilation: int) -> tuple[Formulation, Formulation]:

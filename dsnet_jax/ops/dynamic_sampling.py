@@ -18,6 +18,7 @@ FORMULATIONS = {"gather": sampling_by_gather, "hat": sampling_by_products}
 MAX_CELLS_BY_PRODUCTS = 8192
 
 
+@partial(jax.jit, static_argnames="formulation")
 def dynamic_sampling_conv(
     features: jax.Array,
     offsets: jax.Array,

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 22
 IR_VERSION = 10
-SAMPLING = "_convolve"  # The name of `ops.dynamic_sampling_conv`'s inner function: it becomes ONNX's DeformConv.
+SAMPLING = "dynamic_sampling_conv"  # Becomes ONNX's DeformConv.
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 UNARY = {
     "exp": "Exp",
