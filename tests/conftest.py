@@ -1,9 +1,10 @@
 """What all tests share: eight CPU devices, a compilation cache, networks of random numbers, PyTorch's results."""
 
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +19,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dsnet_jax.checkpoints import Checkpoints
-from dsnet_jax.config import default_config
+from dsnet_jax.config import default_config, from_json, to_json
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.records import open_split
 from dsnet_jax.experiment import build_model
 from dsnet_jax.models.layers import Conv, ConvNormRelu, max_pool
 from dsnet_jax.models.resnet import RESNETS, BasicBlock
+from dsnet_jax.training import loop, program
 from dsnet_jax.workdir import claim_workdir, locked_workdir
 
 TESTS = Path(__file__).parent
@@ -31,6 +33,7 @@ TESTS = Path(__file__).parent
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets what must be set before the first computation."""
+    gc.set_threshold(200_000, 20, 20)  # Traces are millions of objects; looking through them took a tenth of the time.
     jax.config.update("jax_num_cpu_devices", 8)
     # Most tests are of what a program computes, or of what is round it, and most of their time would be LLVM's: a step
     # takes 40 seconds to compile, without optimisations 18, with XLA's older code generator 7. Started processes too.
@@ -188,12 +191,19 @@ def four_convolutions() -> type[nn.Module]:
     return FourConvolutions
 
 
+@cache
+def _step_of(config: str, model: nn.Module, steps: int) -> tuple:
+    return program.step_of(from_json(config, "config"), model, steps)
+
+
 @pytest.fixture(scope="session")
 def small_config_for(rooms) -> Callable[[pytest.MonkeyPatch], ConfigDict]:
     """Called with what puts things back at the end, gives `small_config`: for fixtures of a wider scope."""
 
     def make(monkeypatch: pytest.MonkeyPatch) -> ConfigDict:
         monkeypatch.setitem(RESNETS, "resnet18", TinyBackbone)
+        # One function for all runs of a config, so that JAX traces it once: most of the time of a run of six steps.
+        monkeypatch.setattr(loop, "step_of", lambda config, *rest: _step_of(to_json(config), *rest))
         config = default_config()
         config.data.update(name="rooms", root=str(rooms), crop_size_hw=(32, 32), batch_size=8, read_threads=2)
         config.model.update(backbone="resnet18", width=8, deep_supervision=False)

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+from dsnet_jax import parallel
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.config import to_json
 from dsnet_jax.data.prepare import prepare
+from dsnet_jax.training.loop import train
 
 TRAIN = """
 import sys
@@ -23,8 +25,8 @@ from pathlib import Path
 
 import jax
 
-tests, config, workdir, devices, hosts, process = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", int(devices))
+tests, config, workdir, hosts, process = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 2)
 sys.path.insert(0, tests)
 from conftest import TinyBackbone
 from dsnet_jax import cli
@@ -37,14 +39,13 @@ config_file.write_text(
     "from dsnet_jax.config import from_json\\n"
     f"def get_config():\\n    return from_json({Path(config).read_text()!r}, 'config')\\n"
 )
-several = [f"--hosts={hosts}", f"--process={process}"] if hosts else []
-sys.exit(cli.main(["train", f"--config={config_file}", f"--workdir={workdir}", *several]))
+together = [f"--hosts={hosts}", f"--process={process}"]
+sys.exit(cli.main(["train", f"--config={config_file}", f"--workdir={workdir}", *together]))
 """
 
 
-def start(config, workdir, devices, process=None, port=None):
-    hosts = f"127.0.0.1:{port},127.0.0.1" if port else ""
-    arguments = [Path(__file__).parents[1], config, workdir, devices, hosts, process or 0]
+def start(config, workdir, process, port):
+    arguments = [Path(__file__).parents[1], config, workdir, f"127.0.0.1:{port},127.0.0.1", process]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     return subprocess.Popen(
         [sys.executable, "-c", TRAIN, *map(str, arguments)],
@@ -59,7 +60,7 @@ def start_two(config, workdir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(config, workdir, 2, process, port) for process in range(2)]
+    return [start(config, workdir, process, port) for process in range(2)]
 
 
 def lines(workdir):
@@ -74,10 +75,13 @@ def config_file(small_config, tmp_path):
     return tmp_path / "config.json"
 
 
-def test_two_processes_train_and_score_as_one_and_stop_together(config_file, tmp_path):
-    one = start(config_file, tmp_path / "one", 4)
-    output, errors = one.communicate(timeout=300)
-    assert one.returncode == 0, output + errors
+def test_two_processes_train_and_score_as_one_and_stop_together(config_file, small_config, tmp_path, monkeypatch):
+    four = jax.devices()[:4]
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=four)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "global_mesh", lambda: mesh)
+        patch.setattr(jax, "local_device_count", lambda: 4)
+        train(small_config, tmp_path / "one")
 
     two = start_two(config_file, tmp_path / "two")
     for line in two[0].stdout:
@@ -124,8 +128,8 @@ def test_what_one_process_cannot_use_ends_both_with_its_message(data, config_fil
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    good = start(config_file, tmp_path / "two", 2, 0, port)
-    bad = start(tmp_path / "other.json", tmp_path / "two", 2, 1, port)
+    good = start(config_file, tmp_path / "two", 0, port)
+    bad = start(tmp_path / "other.json", tmp_path / "two", 1, port)
     outputs = [process.communicate(timeout=120) for process in (good, bad)]
     assert [process.returncode for process in (good, bad)] == [1, 1], outputs
     message = {"none": "data set 'rooms' is not prepared", "others": "rooms is not the same in all processes"}[data]
