@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 "$@"
+exec .venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal "$@"
