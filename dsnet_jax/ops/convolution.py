@@ -74,7 +74,8 @@ def _formulations(shape: tuple[int, ...], size: int, stride: int, dilation: int)
     if size == 1:  # Several times faster on CPU than a convolution, the same elsewhere.
         return (partial(_product, stride=stride),) * 2
     convolution = partial(_convolution, stride=stride, dilation=dilation)
-    if stride > 1 or any(map(is_symbolic_dim, shape[1:3])):  # An exported program's size may not be known.
+    symbolic = any(map(is_symbolic_dim, shape[1:3]))  # An exported program's size may not be known.
+    if stride > 1 or dilation == 1 or symbolic:
         return convolution, convolution
     if _share_inside(shape[1], size, dilation) * _share_inside(shape[2], size, dilation) < LARGEST_SHARE_OF_TAPS:
         return partial(_tap_by_tap, dilation=dilation), convolution
