@@ -157,12 +157,12 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, sys.argv[1])
-from conftest import TinyBackbone
+from conftest import FourConvolutions
 from dsnet_jax.config import from_json
 from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.training import loop
 
-RESNETS["resnet18"] = TinyBackbone
+RESNETS["resnet18"] = FourConvolutions
 original = loop.train_batches
 
 def slowly(*arguments):

@@ -28,12 +28,12 @@ import jax
 tests, config, workdir, hosts, process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 2)
 sys.path.insert(0, tests)
-from conftest import TinyBackbone
+from conftest import FourConvolutions
 from dsnet_jax import cli
 from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.training import loop
 
-RESNETS["resnet18"] = TinyBackbone
+RESNETS["resnet18"] = FourConvolutions
 config_file = Path(workdir).with_name(f"config{process}.py")
 config_file.write_text(
     "from dsnet_jax.config import from_json\\n"

@@ -16,18 +16,16 @@ SCHEDULE = poly_schedule(0.05, 0.9, 10)
 OPTIMIZER = sgd(0.9, 1e-4, True, 0.1, 1.0, 1.0)
 
 
-@pytest.fixture(scope="module")
-def network(tiny_backbone):
-    """Called with the type of its computation, gives a network."""
-    return lambda dtype: DSNet(tiny_backbone(dtype=dtype), CLASSES, width=8, dtype=dtype)
+def network(backbone, dtype):
+    return DSNet(backbone(dtype=dtype), CLASSES, width=8, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
-def random_state(network, random_variables):
-    """Called with a type, gives a state of the network in which the points have moved already."""
+def random_state(random_variables):
+    """Called with a backbone and a type, gives a state of the network in which the points have moved already."""
 
-    def draw(dtype):
-        variables = random_variables(network(jnp.float32), np.zeros((1, 64, 64, 3), np.float32), train=True)
+    def draw(backbone, dtype):
+        variables = random_variables(network(backbone, jnp.float32), np.zeros((1, 64, 64, 3), np.float32), train=True)
         variables = jax.tree.map(lambda x: x.astype(dtype), variables)
         return TrainState(np.int32(0), variables, OPTIMIZER.init(variables["params"]), None, np.int32(0), np.int32(0))
 
@@ -65,9 +63,9 @@ def compile_and_run(model, state, device_count, accumulation_steps=1):
 
 
 @pytest.fixture(scope="module")
-def eight_devices(network, random_state):
+def eight_devices(tiny_backbone, random_state):
     """In float32, as it is used."""
-    return compile_and_run(network(jnp.float32), random_state(np.float32), 8)
+    return compile_and_run(network(tiny_backbone, jnp.float32), random_state(tiny_backbone, np.float32), 8)
 
 
 def assert_equal_by_leaf(ours, theirs, tolerance):
@@ -78,23 +76,24 @@ def assert_equal_by_leaf(ours, theirs, tolerance):
         assert difference <= tolerance * size, f"{jax.tree_util.keystr(path)}: {difference} of {size}"
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_in_float64_one_and_eight_devices_agree_to_1e9(network, random_state, accumulation_steps):
+@pytest.mark.parametrize(("backbone", "accumulation_steps"), [("tiny_backbone", 1), ("four_convolutions", 2)])
+def test_in_float64_one_and_eight_devices_agree_to_1e9(backbone, accumulation_steps, random_state, request):
     """Loss, gradients (the momentum has their sum), parameters and batch statistics of three steps.
 
     Micro-batches are normalised each by itself, so that those of one device and of eight have the same images.
     """
+    backbone = request.getfixturevalue(backbone)
     with jax.enable_x64(True):
-        state = random_state(np.float64)
-        one, eight = (compile_and_run(network(jnp.float64), state, count, accumulation_steps) for count in (1, 8))
+        state, model = random_state(backbone, np.float64), network(backbone, jnp.float64)
+        one, eight = (compile_and_run(model, state, count, accumulation_steps) for count in (1, 8))
     assert one[0].variables["params"]["cgds"]["kernel"].dtype == np.float64
     assert one[0].skipped == 0
     assert_equal_by_leaf(eight[0], one[0], 1e-9)
     assert_equal_by_leaf(eight[1], one[1], 1e-9)
 
 
-def test_in_float32_one_and_eight_devices_agree_to_1e3(eight_devices, network, random_state):
-    state, metrics = compile_and_run(network(jnp.float32), random_state(np.float32), 1)
+def test_in_float32_one_and_eight_devices_agree_to_1e3(eight_devices, tiny_backbone, random_state):
+    state, metrics = compile_and_run(network(tiny_backbone, jnp.float32), random_state(tiny_backbone, np.float32), 1)
     assert_equal_by_leaf(eight_devices[0], state, 1e-3)
     assert_equal_by_leaf(eight_devices[1], metrics, 1e-3)
 
@@ -110,6 +109,6 @@ def test_the_metrics_of_a_dsnet_are_complete(eight_devices):
     assert metrics[0]["offset_mean"] > 0.01  # The points had moved, so gathering is tested too.
 
 
-def test_the_first_state_has_the_parameters_of_deep_supervision(network):
-    state = jax.eval_shape(lambda: initial_state(network(jnp.float32), OPTIMIZER, 0))
+def test_the_first_state_has_the_parameters_of_deep_supervision(tiny_backbone):
+    state = jax.eval_shape(lambda: initial_state(network(tiny_backbone, jnp.float32), OPTIMIZER, 0))
     assert "auxiliary" in state.variables["params"]

@@ -23,10 +23,10 @@ def batch_shapes():
     }
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_the_program_of_eight_devices_reduces_and_gathers_nothing(tiny_backbone, accumulation_steps):
+@pytest.mark.parametrize(("backbone", "accumulation_steps"), [("tiny_backbone", 1), ("four_convolutions", 2)])
+def test_the_program_of_eight_devices_reduces_and_gathers_nothing(backbone, accumulation_steps, request):
     """An all-gather would be a feature map, or a batch, copied to every device; the others a batch laid out anew."""
-    model = DSNet(tiny_backbone(), 3, width=8)
+    model = DSNet(request.getfixturevalue(backbone)(), 3, width=8)
     mesh = parallel.global_mesh()
     step = jax.jit(
         make_train_step(model, OPTIMIZER, SCHEDULE, 0, 0.4, accumulation_steps),
