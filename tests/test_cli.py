@@ -211,7 +211,7 @@ def test_a_data_set_whose_preparation_is_stopped_is_not_there(number, exit_code,
     command = [sys.executable, "-m", "dsnet_jax", "prepare", "shapes", f"--root={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
-    while not list(tmp_path.glob(".shapes.incomplete")) and time.monotonic() < until:
+    while not list(tmp_path.glob(".shapes.incomplete/*")) and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

@@ -287,9 +287,9 @@ def test_shapes_that_do_not_fit_are_refused_and_named(argument, shape, named):
         dynamic_sampling_conv(**arguments | {argument: jnp.zeros(shape)})
 
 
-@pytest.mark.parametrize(("height", "width", "several"), [(1, 1, (5,)), (2, 9, (1, 64)), (7, 3, (1, 5, 64))])
-def test_both_formulations_agree_on_odd_maps_and_bands_of_any_size(height, width, several):
-    for channels in several:  # One row to a band, several, all.
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 9), (7, 3)])
+def test_both_formulations_agree_on_odd_maps_and_bands_of_any_size(height, width):
+    for channels in (1, 5, 64):  # One row to a band, several, all.
         features, offsets, kernel, modulation = as_float32(*random_arguments(3, (2, height, width, channels), 4))
         offsets = offsets.at[:, :, :, ::2].set(jnp.round(offsets[:, :, :, ::2]))
         cotangent = as_float32(np.random.default_rng(1).standard_normal((2, height, width, 4)))[0]
