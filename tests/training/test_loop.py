@@ -265,7 +265,7 @@ def test_a_run_on_one_device_goes_on_from_a_checkpoint_of_eight(full_run, small_
         send_signal_at(patch, signal.SIGTERM, batch_index=2)
         with pytest.raises(Stopped):
             train(small_config, tmp_path)
-    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    one = parallel.mesh_over(jax.devices()[:1])
     monkeypatch.setattr(parallel, "global_mesh", lambda: one)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     train(small_config, tmp_path)
