@@ -52,6 +52,11 @@ def pytest_configure(config: pytest.Config) -> None:
     flags.FLAGS.mark_as_parsed()  # absl.logging and TFDS read them; no `main` parses them here.
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end, one worker would have it and the others nothing."""
+    items.sort(key=lambda item: item.path.name != "test_several_processes.py")
+
+
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
     """Compiles as a user's programs are compiled: for tests of the programs themselves."""

@@ -206,12 +206,16 @@ def test_a_signal_gives_its_exit_code_and_one_line(number, exit_code, monkeypatc
     assert error == f"dsnet: stopped by {number.name}; the same command goes on from what was saved\n"
 
 
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_data_set_whose_preparation_is_stopped_is_not_there(number, exit_code, tmp_path):
+@pytest.mark.parametrize(
+    "number, exit_code, there",
+    [(signal.SIGINT, 130, ".shapes.incomplete"), (signal.SIGTERM, 143, ".shapes.incomplete/*")],
+    ids=["drawing", "writing"],
+)
+def test_a_data_set_whose_preparation_is_stopped_is_not_there(number, exit_code, there, tmp_path):
     command = [sys.executable, "-m", "dsnet_jax", "prepare", "shapes", f"--root={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
-    while not list(tmp_path.glob(".shapes.incomplete/*")) and time.monotonic() < until:
+    while not list(tmp_path.glob(there)) and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

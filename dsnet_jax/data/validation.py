@@ -160,10 +160,12 @@ def check_splits(
         return _check_pair(pair, read_image, read_labels, num_classes, max_pixels)
 
     results = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         for split, files in found.items():
-            checked = pool.map(check, files.pairs)  # When it is interrupted, it drops what is left.
-            results[split] = list(track(checked, f"checking {split}", len(files.pairs)))
+            results[split] = list(track(pool.map(check, files.pairs), f"checking {split}", len(files.pairs)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # When it is interrupted, thousands may be left.
 
     splits = {split: _summarise(found[split], results[split]) for split in found}
     problems = {split: checked.left_out for split, checked in splits.items()}

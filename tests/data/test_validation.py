@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsnet_jax.data import validation
 from dsnet_jax.data.archives import FolderSource
 from dsnet_jax.data.decoding import decode_mask
 from dsnet_jax.data.validation import FoundSplit, Pair, check_splits, content_digest, find_pairs
@@ -290,15 +291,21 @@ def test_images_that_ask_for_a_rotation_are_counted(data):
     assert checked.sizes_hw.tolist() == [[6, 8]] * 4
 
 
-def test_an_interruption_does_not_wait_for_the_images_that_are_left(tmp_path):
+@pytest.mark.parametrize("place", ["an image", "the list of images"])
+def test_an_interruption_does_not_wait_for_the_images_that_are_left(place, tmp_path, monkeypatch):
     read = []
 
-    def interrupted(pair):
-        read.append(pair)
-        time.sleep(0.01)
+    def interrupt(*_):
         raise KeyboardInterrupt
 
+    def read_image(pair):
+        read.append(pair)
+        time.sleep(0.01)
+        return interrupt() if place == "an image" else b""
+
+    if place == "the list of images":
+        monkeypatch.setattr(validation, "track", interrupt)
     pairs = [Pair(str(index), "image", None) for index in range(300)]
     with pytest.raises(KeyboardInterrupt):
-        check_splits({"train": FoundSplit(pairs, [], [])}, interrupted, lambda _: None, NUM_CLASSES, tmp_path / "p.txt")
+        check_splits({"train": FoundSplit(pairs, [], [])}, read_image, lambda _: None, NUM_CLASSES, tmp_path / "p.txt")
     assert len(read) < 200
