@@ -116,8 +116,7 @@ def test_arrays_come_with_the_sharding_asked_for_whatever_the_number_of_devices(
     """Saved on eight devices, restored on four and saved again, restored on one."""
     state = trees(1)
     for step, devices in enumerate((8, 4, 1)):
-        mesh = jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
-        replicated = parallel.replicated(mesh)
+        replicated = parallel.replicated(parallel.mesh_over(jax.devices()[:devices]))
         if step:
             state, _ = reopened(tmp_path).restore(like(sharding=replicated))
             assert state["variables"]["params"]["kernel"].sharding == replicated

@@ -111,8 +111,7 @@ class OneConvolution(nn.Module):
 @pytest.fixture
 def one_device(monkeypatch):
     """With eight, every batch has seven images and more that pad it."""
-    mesh = parallel.local_mesh()
-    one = jax.make_mesh((1,), mesh.axis_names, axis_types=mesh.axis_types, devices=jax.devices()[:1])
+    one = parallel.mesh_over(jax.devices()[:1])
     monkeypatch.setattr(parallel, "local_mesh", lambda: one)
 
 

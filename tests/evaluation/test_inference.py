@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from dsnet_jax import parallel
 from dsnet_jax.data.pipeline import Example
@@ -41,7 +40,7 @@ def small_dsnet():
 def mesh_of(device_count):
     devices = jax.devices()[:device_count]
     assert len(devices) == device_count, "run with more CPU devices: tests/conftest.py sees to it"
-    return jax.make_mesh((device_count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return parallel.mesh_over(devices)
 
 
 def random_variables(model):

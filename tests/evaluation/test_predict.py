@@ -26,8 +26,7 @@ from dsnet_jax.ops.normalise import normalise
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """With eight, every image is computed with seven that pad the batch."""
-    mesh = parallel.local_mesh()
-    one = jax.make_mesh((1,), mesh.axis_names, axis_types=mesh.axis_types, devices=jax.devices()[:1])
+    one = parallel.mesh_over(jax.devices()[:1])
     monkeypatch.setattr(parallel, "local_mesh", lambda: one)
 
 
@@ -287,7 +286,7 @@ def test_images_are_labelled_beside_each_other_on_several_devices(random_run, tm
     for index in range(11):
         write_image(photos / f"{index:02}.png", *[(40, 50), (33, 64), (20, 30)][index % 3], seed=index)
     predict_files(random_run, None, [str(photos)], tmp_path / "one")
-    eight = jax.make_mesh((8,), ("data",), axis_types=parallel.local_mesh().axis_types)
+    eight = parallel.mesh_over(jax.devices())
     monkeypatch.setattr(parallel, "local_mesh", lambda: eight)
     predict_files(random_run, None, [str(photos)], tmp_path / "eight")
     assert outputs(tmp_path / "one") == outputs(tmp_path / "eight") and len(outputs(tmp_path / "one")) == 22

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dsnet_jax import parallel
 from dsnet_jax.models.layers import BatchNorm, Conv, ConvNormRelu, global_mean, max_pool, resize_map
 from dsnet_jax.models.resnet import BasicBlock
 from dsnet_jax.ops import Extent, resize_bilinear
@@ -107,8 +107,8 @@ def test_running_statistics_move_by_a_tenth_and_are_what_evaluation_uses(random_
 def test_batch_statistics_are_those_of_the_batch_on_all_devices(random_variables):
     norm, x = BatchNorm(), random_map(16, 2, 3, 4) + np.arange(16, dtype=np.float32)[:, None, None, None]
     variables = random_variables(norm, x, train=False)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    mesh = parallel.mesh_over(jax.devices())
+    split, whole = parallel.split_by_batch(mesh), parallel.replicated(mesh)
 
     def train(variables, x):
         return norm.apply(variables, x, train=True, mutable=["batch_stats"])

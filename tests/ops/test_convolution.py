@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsnet_jax import parallel
 from dsnet_jax.ops import convolution
 from dsnet_jax.ops.convolution import conv2d
 
@@ -87,9 +88,8 @@ def test_the_share_of_taps_inside_is_counted():
 
 @pytest.mark.parametrize("dilation", [1, 4])
 def test_no_device_asks_another_for_anything_but_the_sum_of_the_kernel_s_gradient(dilation):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    mesh = parallel.mesh_over(jax.devices())
+    split, whole = parallel.split_by_batch(mesh), parallel.replicated(mesh)
     shapes = (
         jax.ShapeDtypeStruct((16, 8, 8, 4), jnp.float32, sharding=split),
         jax.ShapeDtypeStruct((3, 3, 4, 3), jnp.float32, sharding=whole),

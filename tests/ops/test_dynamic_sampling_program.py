@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dsnet_jax import parallel
 from dsnet_jax.ops import dynamic_sampling_conv
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -92,8 +92,8 @@ def test_the_platform_decides_on_the_formulation_unless_the_caller_does():
     ids=["forward", "gradient by features and offsets", "gradient by kernel"],
 )
 def test_images_on_eight_devices_stay_where_they_are(function, collectives, formulation):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    mesh = parallel.mesh_over(jax.devices())
+    split, whole = parallel.split_by_batch(mesh), parallel.replicated(mesh)
     structs = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
         for shape, sharding in (((16, 4, 5, 3), split), ((16, 4, 5, 9, 2), split), ((3, 3, 3, 2), whole))

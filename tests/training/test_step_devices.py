@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from dsnet_jax import parallel
 from dsnet_jax.models.dsnet import DSNet
@@ -48,7 +47,7 @@ def random_batches():
 
 def compile_and_run(model, state, device_count, accumulation_steps=1):
     """The state after some steps, and the metrics of each."""
-    mesh = jax.make_mesh((device_count,), (parallel.AXIS,), (AxisType.Auto,), devices=jax.devices()[:device_count])
+    mesh = parallel.mesh_over(jax.devices()[:device_count])
     state = jax.device_put(state, parallel.replicated(mesh))
     step = jax.jit(
         make_train_step(model, OPTIMIZER, SCHEDULE, 0, 0.4, accumulation_steps),
