@@ -35,8 +35,6 @@ class Taps:
         regular = positions + jnp.stack([tap // size, tap % size]) - size // 2
         offsets = jax.lax.dynamic_index_in_dim(self.offsets, tap, 3, keepdims=False)
         points = (regular + at_least_float32(offsets)).reshape(batch, height * width, 2)
-        # XLA would compute them anew wherever they are used, on CPU in every loop over the channels.
-        points = jax.lax.optimization_barrier(points)
         kernel = jax.lax.dynamic_index_in_dim(self.kernel, tap, 0, keepdims=False)
         if self.factors is None:
             return points, kernel, None
