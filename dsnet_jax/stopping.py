@@ -69,12 +69,14 @@ def deferred() -> Iterator[Request]:
         yield request
 
 
+def unhandled() -> contextlib.AbstractContextManager[None]:
+    """Within, a signal ends the process at once: for minutes in a compiler, in which Python calls no handler."""
+    return _handlers(signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def _handling(first: Callable[[int], None]) -> Iterator[None]:
-    """Calls `first` at the first signal and ends the process at the second; puts the old handlers back in the end."""
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
-        yield
-        return
+    """Calls `first` at the first signal and ends the process at the second."""
     seen = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -84,9 +86,19 @@ def _handling(first: Callable[[int], None]) -> Iterator[None]:
         seen = True
         first(number)
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    with _handlers(handle):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Puts the old ones back in the end."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

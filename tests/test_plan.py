@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,7 @@ from dsnet_jax.experiment import build_model
 from dsnet_jax.plan.programs import Compiled, TooLarge, collectives_in, compile_for, lower_evaluation, lower_training
 from dsnet_jax.plan.search import Largest, largest_batch
 from dsnet_jax.plan.targets import COMPILER_OPTIONS, TARGETS, Target, find_target, mesh_of
+from dsnet_jax.stopping import SIGNALS
 from dsnet_jax.summary import parts_of
 from dsnet_jax.training.program import check_shares, step_of
 
@@ -213,6 +215,18 @@ def test_the_printed_plan_has_every_figure(config, capsys, monkeypatch, compiled
         f"8 images a device, compiled in T: 2.90 GB a device (arguments 0.40, temporaries 2.40, {beside}",
         "largest batch: 8 images a device, 64 a step; 9 would not fit, by how memory grew",
     ]
+
+
+def test_a_compiler_at_work_is_ended_by_a_signal(config, monkeypatch, compiled_by_a_formula):
+    handlers, compile_for = [], plan.compile_for
+
+    def noted(*arguments):
+        handlers.append([signal.getsignal(number) for number in SIGNALS])
+        return compile_for(*arguments)
+
+    monkeypatch.setattr(plan, "compile_for", noted)
+    plan.plan(config, "cpu", num_classes=3)
+    assert handlers == [[signal.SIG_DFL, signal.SIG_DFL]]
 
 
 def test_evaluation_is_planned_for_the_batch_that_is_evaluated(config, capsys):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from dsnet_jax.stopping import SIGNALS, Stopped, deferred, raising
+from dsnet_jax.stopping import SIGNALS, Stopped, deferred, raising, unhandled
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -44,7 +44,7 @@ def test_a_deferred_signal_is_noted_and_told_and_nothing_else_happens(number, ca
     assert capfd.readouterr().err == f"dsnet: {number.name}: saving, then stopping; once more stops at once\n"
 
 
-@pytest.mark.parametrize("context", [raising, deferred])
+@pytest.mark.parametrize("context", [raising, deferred, unhandled])
 def test_the_old_handlers_are_back_in_the_end(context):
     before = [signal.getsignal(number) for number in SIGNALS]
     with context():
@@ -76,6 +76,21 @@ with {context}():
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == exit_code
+
+
+def test_unhandled_a_signal_ends_the_process_where_python_calls_no_handler():
+    program = """
+import hashlib
+from dsnet_jax.stopping import raising, unhandled
+with raising(), unhandled():
+    print("here", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # A minute in C.
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_in_another_thread_than_the_main_one_signals_are_left_alone():

@@ -10,6 +10,7 @@ from dsnet_jax.plan.programs import Compiled, TooLarge, compile_for, lower_evalu
 from dsnet_jax.plan.search import largest_batch
 from dsnet_jax.plan.targets import COMPILER_OPTIONS, Target, find_target, mesh_of
 from dsnet_jax.progress import duration
+from dsnet_jax.stopping import unhandled
 from dsnet_jax.summary import classes_of, parts_of
 from dsnet_jax.training.program import check_shares
 
@@ -61,7 +62,8 @@ def plan(
         (changed.evaluation if evaluation else changed.data).batch_size = batch * devices
         began = time.monotonic()
         lowered = (lower_evaluation if evaluation else lower_training)(changed, model, mesh)
-        found = compile_for(target.platform, lowered)
+        with unhandled():  # Nothing is lost with it.
+            found = compile_for(target.platform, lowered)
         took = duration(time.monotonic() - began)
         print(f"{batch} images a device, compiled in {took}: {_memory(target, found)}", flush=True)
         return found
