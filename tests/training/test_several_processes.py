@@ -67,48 +67,58 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def await_step(two, step):
+    for line in two[0].stdout:
+        if line.startswith(f"step {step}/"):
+            return
+
+
+def assert_agree(ours, theirs):
+    """Their losses and scores."""
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name, tolerance in (("loss", 1e-6), ("gradient_norm", 1e-4), ("val_miou", 0)):
+        values, expected = ([line[name] for line in run if name in line] for run in (ours, theirs))
+        np.testing.assert_allclose(values, expected, rtol=tolerance)
+
+
 @pytest.fixture
 def config_file(small_config, tmp_path):
-    small_config.training.update(epochs=7, evaluate_every_epochs=7, checkpoint_every_steps=100)  # 21 steps.
+    small_config.training.update(epochs=8, evaluate_every_epochs=2, checkpoint_every_steps=100)  # 24 steps.
     small_config.optimizer.base_lr = 0.01
     (tmp_path / "config.json").write_text(to_json(small_config))
     return tmp_path / "config.json"
 
 
-def test_two_processes_train_and_score_as_one_and_stop_together(config_file, small_config, tmp_path, monkeypatch):
+def test_two_processes_train_and_score_as_one_stop_together_and_go_on(config_file, small_config, tmp_path, monkeypatch):
     mesh = parallel.mesh_over(jax.devices()[:4])
-    with monkeypatch.context() as patch:
-        patch.setattr(parallel, "global_mesh", lambda: mesh)
-        patch.setattr(jax, "local_device_count", lambda: 4)
-        train(small_config, tmp_path / "one")
+    monkeypatch.setattr(parallel, "global_mesh", lambda: mesh)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    train(small_config, tmp_path / "one")
+    by_one = lines(tmp_path / "one")
+    assert [line["step"] for line in by_one if "val_miou" in line] == [6, 12, 18, 24]
 
     two = start_two(config_file, tmp_path / "two")
-    for line in two[0].stdout:
-        if line.startswith("step 4/"):
-            break
+    await_step(two, 8)
     two[1].send_signal(signal.SIGTERM)  # Only one of them is told.
     ends = [process.communicate(timeout=300) for process in two]
     assert [process.returncode for process in two] == [143, 143], ends
-    (stopped_at,) = Checkpoints(tmp_path / "two", read_only=True).steps()
-    assert 4 <= stopped_at < 21 and f"step {stopped_at}: saved" in ends[0][0]
+    stopped_at = Checkpoints(tmp_path / "two", read_only=True).steps()[-1]
+    assert 8 <= stopped_at < 24 and f"step {stopped_at}: saved" in ends[0][0]
+
+    shutil.copytree(tmp_path / "two", tmp_path / "then_one")
+    train(small_config, tmp_path / "then_one")  # One process goes on from where two have saved.
+    assert_agree(lines(tmp_path / "then_one"), by_one)
 
     two = start_two(config_file, tmp_path / "two")
     ends = [process.communicate(timeout=300) for process in two]
     assert [process.returncode for process in two] == [0, 0], ends
     assert "step" in ends[0][0] and "step" not in ends[1][0]  # Only the main process prints, but for Gloo itself.
-    ours, theirs = lines(tmp_path / "two"), lines(tmp_path / "one")
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [*range(1, 22), 21]
-    for name in ("loss", "gradient_norm"):
-        values, expected = ([line[name] for line in run if name in line] for run in (ours, theirs))
-        np.testing.assert_allclose(values, expected, rtol=1e-6 if name == "loss" else 1e-4)
-    assert ours[-1]["val_miou"] == theirs[-1]["val_miou"]
+    assert_agree(lines(tmp_path / "two"), by_one)
 
 
 def test_the_death_of_a_process_ends_the_other_with_its_name(config_file, tmp_path):
     two = start_two(config_file, tmp_path / "two")
-    for line in two[0].stdout:
-        if line.startswith("step 4/"):
-            break
+    await_step(two, 4)
     two[1].kill()
     _, errors = two[0].communicate(timeout=60)
     two[1].communicate()
