@@ -28,7 +28,7 @@ fi
 
 stamp=.venv/installed.txt # What was installed from; written last, so that a killed installation starts again.
 if ! cat requirements.txt pyproject.toml | cmp -s - "$stamp"; then
-  echo "installing into .venv (if it is new, a minute and 1.4 GB) ..."
+  echo "installing into .venv (if it is new, a minute and 1.5 GB) ..."
   rm -f "$stamp"
   # uv takes a fifth of pip's time; its own lines in requirements.txt say which one.
   sed -n '/^uv==/,/[^\\]$/p' requirements.txt > .venv/uv.txt

@@ -98,9 +98,9 @@ class DecodedSplit:
 def decoded_once(split: Split, folder: Path, max_bytes: int) -> DecodedSplit:
     """A split whose pictures need no decoding any more: opens its file, and writes it first if it is not there.
 
-    The file bears the split's fingerprint and OpenCV's version in its name: another content, or another decoder, makes
-    another file. It appears when it is complete; of several processes one writes it and the others wait. A file that
-    is damaged is written anew. Where it is and how large is printed.
+    The file bears the split's fingerprint and OpenCV's version in its name: another content, or another decoder of
+    lossy files, makes another file. It appears when it is complete; of several processes one writes it and the others
+    wait. A file that is damaged is written anew. Where it is and how large is printed.
 
     Args:
       split: with or without labels.

@@ -23,7 +23,7 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.progress import track
 
 PEERS = Path(__file__).parents[1] / "peers"
-PACKAGES = ("dsnet_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "grain")
+PACKAGES = ("dsnet_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "imagecodecs", "grain")
 PAUSE_SECONDS = 0.3  # Before each turn: the threads of the side before wait for more work, some of them spinning.
 T = TypeVar("T")
 Side = Callable[[], T]

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dsnet_jax.data import decoding
 from dsnet_jax.data.decoding import decode_image, decode_mask, is_rotated, read_size_hw
@@ -89,6 +90,39 @@ def test_palette_images_get_their_colours():
     expected = np.array(colours, np.uint8)[[[0, 1, 2], [2, 1, 0]]]
     np.testing.assert_array_equal(decode_image(encode(image), "a"), expected)
     np.testing.assert_array_equal(decode_image(encode(image, transparency=1), "a"), expected)
+
+
+PALETTE_IMAGE = palette_image(IMAGE[..., 0], [(row, 255 - row, row // 2) for row in range(256)])
+QUICK_FILES = {
+    "rgb": (decode_image, encode(IMAGE)),
+    "rgb, one colour transparent": (decode_image, encode(IMAGE, transparency=tuple(IMAGE[3, 4].tolist()))),
+    "rgb, one column": (decode_image, encode(IMAGE[:, :1])),
+    "palette": (decode_image, encode(PALETTE_IMAGE)),
+    "palette, half transparent": (decode_image, encode(PALETTE_IMAGE, transparency=b"\x80" * 256)),
+    "grey mask": (decode_mask, encode(IMAGE[..., 0])),
+    "grey mask, one row": (decode_mask, encode(IMAGE[:1, :, 0])),
+}
+
+
+@pytest.mark.parametrize("kind", QUICK_FILES)
+def test_usual_png_files_are_decoded_by_libspng_to_what_opencv_makes_of_them(kind, monkeypatch):
+    decode, data = QUICK_FILES[kind]
+    mode = cv2.IMREAD_COLOR_RGB if decode is decode_image else cv2.IMREAD_GRAYSCALE
+    expected = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+    monkeypatch.setattr(decoding.cv2, "imdecode", None)
+    found = decode(data, "a")
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.uint8 and found.flags.c_contiguous
+
+
+def test_a_png_file_that_libspng_refuses_for_what_is_not_pixels_is_decoded_all_the_same():
+    comments = PngInfo()
+    for number in range(1001):
+        comments.add_text(f"note {number}", "more than libspng takes")
+    data = encode(IMAGE, pnginfo=comments)
+    with pytest.raises(decoding.SpngError, match="limit"):
+        decoding.spng_decode(data)
+    np.testing.assert_array_equal(decode_image(data, "a"), IMAGE)
 
 
 def test_alpha_is_dropped_and_transparent_pixels_keep_their_stored_colour():
@@ -193,6 +227,7 @@ def test_a_huge_image_is_refused_from_its_header_before_any_pixel_is_decoded(mon
         raise AssertionError("pixels were decoded")
 
     monkeypatch.setattr(decoding.cv2, "imdecode", no_decoding)
+    monkeypatch.setattr(decoding, "spng_decode", no_decoding)
     monkeypatch.setattr(Image.Image, "load", no_decoding)
     for decode, kind in (decode_image, 2), (decode_mask, 0):
         with pytest.raises(InputError, match=r"street/7: 20000 x 30000 pixels .* limit of 100000000"):
