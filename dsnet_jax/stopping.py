@@ -63,9 +63,8 @@ def deferred() -> Iterator[Request]:
 
     def note(number: int) -> None:
         request.signal = number
-        os.write(2, f"dsnet: {signal.Signals(number).name}: saving, then stopping; once more stops at once\n".encode())
 
-    with _handling(note):
+    with _handling(note, "saving, then stopping; once more stops at once"):
         yield request
 
 
@@ -75,25 +74,61 @@ def unhandled() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _handling(first: Callable[[int], None]) -> Iterator[None]:
-    """Calls `first` at the first signal and ends the process at the second."""
+def _handling(first: Callable[[int], None], told: str = "") -> Iterator[None]:
+    """Calls `first` at the first signal, and says `told`; ends the process at the second."""
     seen = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal seen
-        if seen:
-            os._exit(128 + number)
-        seen = True
-        first(number)
+        if not seen:
+            seen = True
+            first(number)
 
-    with _handlers(handle):
+    with _watched(told), _handlers(handle):
         yield
+
+
+@contextlib.contextmanager
+def _watched(told: str) -> Iterator[None]:
+    """Says `told` at the first signal and ends the process at the second, also while the main thread is in C.
+
+    Python calls its handlers in the main thread, between its own instructions: not while XLA compiles, for minutes.
+    But it writes the signal's number to a file at once, and a thread can wait for that.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # Python asks for it: a handler must not wait.
+
+    def watch() -> None:
+        seen = False
+        while (number := os.read(reader, 1)[0]) != 0:
+            if number not in SIGNALS:
+                continue
+            if seen:
+                os._exit(128 + number)
+            seen = True
+            if told:
+                os.write(2, f"dsnet: {signal.Signals(number).name}: {told}\n".encode())
+
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writer, bytes(1))
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 @contextlib.contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     """Puts the old ones back in the end."""
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone.
+    if not _in_main_thread():
         yield
         return
     before = {number: signal.signal(number, handler) for number in SIGNALS}
@@ -102,3 +137,8 @@ def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def _in_main_thread() -> bool:
+    """Python gives signals to the main thread alone."""
+    return threading.current_thread() is threading.main_thread()

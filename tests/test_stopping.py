@@ -78,6 +78,56 @@ with {context}():
     assert process.returncode == exit_code
 
 
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_told_and_a_second_one_obeyed_while_the_main_thread_is_in_c(number, exit_code):
+    program = """
+import hashlib
+from dsnet_jax.stopping import deferred
+with deferred():
+    print("here", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # A minute in C, as in a compiler: no handler is called.
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(number)
+    told = f"dsnet: {number.name}: saving, then stopping; once more stops at once\n"
+    assert process.stderr.readline() == told.encode()
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == exit_code
+
+
+def test_other_signals_that_python_handles_are_not_counted(capfd):
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with deferred() as request:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            assert request.signal == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_inner_of_two_contexts_takes_the_signal_and_the_outer_one_the_next(capfd):
+    with pytest.raises(Stopped), raising():
+        with deferred() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_no_thread_and_no_file_is_left_behind():
+    threads, files = threading.active_count(), len(os.listdir("/dev/fd"))
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    with raising(), deferred():
+        pass
+    assert (threading.active_count(), len(os.listdir("/dev/fd"))) == (threads, files)
+    assert signal.set_wakeup_fd(wakeup) == wakeup
+
+
 def test_unhandled_a_signal_ends_the_process_where_python_calls_no_handler():
     program = """
 import hashlib
