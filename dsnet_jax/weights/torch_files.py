@@ -2,12 +2,12 @@
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import pickletools
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -94,17 +94,26 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(file: Path) -> dict[str, np.ndarray]:
     _refuse_what_could_run(file)
-    if importlib.util.find_spec("torch") is None:
-        raise InputError(f"{file}: PyTorch is needed to read it: pip install -e '.[port]', or give a .safetensors file")
-    version = importlib.metadata.version("torch")
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(
+            f"{file}: PyTorch is needed to read it: pip install -e '.[port]', or give a .safetensors file"
+        ) from error
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 10):
         raise InputError(f"{file}: PyTorch 2.10 or later is needed to read it safely, {version} is here")
-    with tempfile.TemporaryDirectory() as folder:
+    with _folder_for(file) as folder:
         command = [sys.executable, "-P", str(READER), str(file.absolute()), folder]
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
         said = (ended.stderr.strip().splitlines() or [f"PyTorch ended with exit code {ended.returncode}"])[-1]
         if ended.returncode == 1:
             raise InputError(f"{file}: {said}")
+        if ended.returncode == 4:
+            raise InputError(f"{file}: PyTorch cannot be imported ({said:.150}): mend it, or give a .safetensors file")
+        if ended.returncode == 5:
+            raise InputError(_no_room(file, said))
+        if ended.returncode == -signal.SIGKILL:
+            raise InputError(f"{file}: PyTorch was killed while it read it, for want of memory it may be: free some")
         if ended.returncode:
             raise _damaged(file, said)
         data = np.fromfile(Path(folder, "arrays"), np.uint8)
@@ -115,6 +124,18 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     return {name: array(*where) for name, *where in index}
+
+
+def _folder_for(file: Path) -> tempfile.TemporaryDirectory:
+    """For the file's arrays."""
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise InputError(_no_room(file, error)) from error
+
+
+def _no_room(file: Path, error: OSError | str) -> str:
+    return f"{file}: its arrays cannot be written for a while ({error}): free space, or set TMPDIR to another folder"
 
 
 def _refuse_what_could_run(file: Path) -> None:

@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError
 
 import ml_dtypes
 import numpy as np
@@ -74,13 +75,49 @@ def test_whatever_is_not_on_the_list_is_named(name, tmp_path):
 
 
 def test_a_refused_file_does_not_get_as_far_as_pytorch(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # An import would raise.
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(torch_files.importlib.metadata, "version", missing)
     (tmp_path / "bad.pth").write_bytes(in_zip(("archive/data.pkl", b"\x80\x02cposix\nsystem\n.")))
     old = b"\x80\x02ctorch._utils\n_rebuild_tensor\n."  # As named before version 0.4.
     (tmp_path / "good.pth").write_bytes(in_zip(("archive/data.pkl", old)))
     with pytest.raises(InputError, match=r"posix\.system"):
         read_arrays(tmp_path / "bad.pth")
     with pytest.raises(InputError, match=r"pip install -e '\.\[port\]', or give a \.safetensors"):
+        read_arrays(tmp_path / "good.pth")
+
+
+@pytest.mark.parametrize(
+    "torch, message",
+    [
+        ("raise OSError('libcudart.so.13: cannot open shared object file')", r"imported \(libcudart.*\): mend it, or"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "was killed while it read it, for want of memory"),
+        ("import os, sys\nload = lambda *_, **__: os.rmdir(sys.argv[2]) or {}", "No such file .*free space, or set"),
+        (
+            "def load(*_, **__): raise EOFError('out of input')",
+            r"damaged .*\(out of input\): download it again",
+        ),
+        ("load = lambda *_, **__: [1]", "holds a list, not arrays by name: give a state dict"),
+    ],
+    ids=["import", "killed", "no room", "damaged", "a list"],
+)
+def test_what_ends_pytorch_s_process_is_told_for_what_it_is(torch, message, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(torch)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch_files.importlib.metadata, "version", {"torch": "2.14.1"}.get)
+    file = tmp_path / "good.pth"
+    file.write_bytes(in_zip(("archive/data.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor\n.")))
+    with pytest.raises(InputError, match=message) as raised:
+        read_arrays(file)
+    assert str(raised.value).startswith(f"{file}: ") and "\n" not in str(raised.value)
+
+
+def test_no_folder_for_the_arrays_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_files.importlib.metadata, "version", {"torch": "2.14.1"}.get)
+    monkeypatch.setattr(torch_files.tempfile, "tempdir", str(tmp_path / "missing"))
+    (tmp_path / "good.pth").write_bytes(in_zip(("archive/data.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor\n.")))
+    with pytest.raises(InputError, match=r"cannot be written for a while \(.*No such file.*set TMPDIR"):
         read_arrays(tmp_path / "good.pth")
 
 
