@@ -93,7 +93,7 @@ def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
     """The config and the classes of the run in a workdir.
 
     Raises:
-      InputError: there is none, or it cannot be reached.
+      InputError: there is none, it is not complete, or it cannot be reached.
     """
     workdir = epath.Path(workdir)
     with _reachable(workdir):
@@ -103,7 +103,13 @@ def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
 
 
 def _read_spec(workdir: epath.Path) -> DatasetSpec:
-    return DatasetSpec.from_json(json.loads((workdir / SPEC).read_text()))
+    file = workdir / SPEC
+    try:
+        return DatasetSpec.from_json(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing, which names the classes: copy it from where the run was made") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: damaged ({error!r:.100}): copy it from where the run was made") from error
 
 
 def write_text(file: epath.Path, text: str) -> None:

@@ -43,6 +43,17 @@ def test_a_workdir_refuses_other_classes_and_other_colours(tmp_path, change):
         claim_workdir(tmp_path, default_config(), dataclasses.replace(SHAPES, **change))
 
 
+def test_a_workdir_without_its_classes_is_an_error_in_one_line(tmp_path):
+    claim_workdir(tmp_path, default_config(), SHAPES)
+    (tmp_path / "dataset.json").write_text('{"name": "shapes"}')
+    with pytest.raises(InputError, match=r"dataset\.json: damaged \(KeyError\('palette'\)\): copy it"):
+        open_workdir(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    for use in open_workdir, lambda workdir: check_workdir(workdir, default_config(), SHAPES):
+        with pytest.raises(InputError, match=r"dataset\.json is missing, which names the classes: copy it"):
+            use(tmp_path)
+
+
 def test_a_workdir_that_cannot_be_written_is_an_error_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with (
