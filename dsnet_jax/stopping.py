@@ -4,10 +4,12 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SIGNAL_SECONDS = 0.2  # One that comes so soon after the first is the same: launchers tell a process and its group.
 
 
 class Stopped(BaseException):
@@ -37,7 +39,10 @@ class Request:
 
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
-    """Within, a signal raises `Stopped` wherever the main thread is: for what tidies up, and is started anew."""
+    """Within, a signal raises `Stopped` wherever the main thread is: for what tidies up, and is started anew.
+
+    In C, as in XLA's compiler, only when that returns.
+    """
     stopped = None
 
     def stop(number: int) -> None:
@@ -45,7 +50,7 @@ def raising() -> Iterator[None]:
         stopped = Stopped(number)
         raise stopped
 
-    with _handling(stop):
+    with _handling(stop, "stopping"):
         try:
             yield
         except Exception as error:
@@ -64,7 +69,7 @@ def deferred() -> Iterator[Request]:
     def note(number: int) -> None:
         request.signal = number
 
-    with _handling(note, "saving, then stopping; once more stops at once"):
+    with _handling(note, "saving, then stopping"):
         yield request
 
 
@@ -74,7 +79,7 @@ def unhandled() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _handling(first: Callable[[int], None], told: str = "") -> Iterator[None]:
+def _handling(first: Callable[[int], None], told: str) -> Iterator[None]:
     """Calls `first` at the first signal, and says `told`; ends the process at the second."""
     seen = False
 
@@ -84,7 +89,7 @@ def _handling(first: Callable[[int], None], told: str = "") -> Iterator[None]:
             seen = True
             first(number)
 
-    with _watched(told), _handlers(handle):
+    with _handlers(handle), _watched(told):
         yield
 
 
@@ -102,15 +107,17 @@ def _watched(told: str) -> Iterator[None]:
     os.set_blocking(writer, False)  # Python asks for it: a handler must not wait.
 
     def watch() -> None:
-        seen = False
+        first = None
         while (number := os.read(reader, 1)[0]) != 0:
             if number not in SIGNALS:
                 continue
-            if seen:
+            if first is None:
+                first = time.monotonic()
+                line = f"dsnet: {signal.Signals(number).name}: {told}; once more stops at once\n"
+                with contextlib.suppress(OSError):  # Whoever read it may be gone.
+                    os.write(2, line.encode())
+            elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
                 os._exit(128 + number)
-            seen = True
-            if told:
-                os.write(2, f"dsnet: {signal.Signals(number).name}: {told}\n".encode())
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
