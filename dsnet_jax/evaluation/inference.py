@@ -1,5 +1,6 @@
 """Compiled inference on images of any size: one program for each pair of canvases, with all passes of a protocol."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from dsnet_jax.ops.normalise import normalise
 if TYPE_CHECKING:
     from dsnet_jax.data.pipeline import Example
 
+_compiled: set[tuple] = set()  # What tells the programs of `segment` apart that this process holds.
+
 
 class Segmenter:
     """A network with its weights, ready to label images on the devices of one process.
@@ -41,7 +44,6 @@ class Segmenter:
           protocol: see above.
         """
         self.model, self.mesh, self.protocol = model, mesh, protocol
-        self._canvases: set[CanvasPair] = set()  # That have their program.
         self._variables = jax.device_put(jax.device_get(variables), parallel.replicated(mesh))
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
@@ -53,11 +55,12 @@ class Segmenter:
           labels: uint8 [B, Ho, Wo], predicted; 255 outside each `label_hw`.
           counts: the confusion matrix of the batch, int32 [K, K] as in `metrics`; None without true labels.
         """
-        canvases = batch.images.shape[1:3], batch.label_canvas_hw
-        if canvases not in self._canvases and parallel.share_of_mappings() > 0.5:
+        shapes = batch.images.shape, batch.labels is not None, batch.label_canvas_hw
+        program = self.model, self.mesh, self.protocol, shapes
+        if program not in _compiled and parallel.share_of_mappings() > 0.5:
             segment.clear_cache()
-            self._canvases.clear()
-        self._canvases.add(canvases)
+            _compiled.clear()
+        _compiled.add(program)
         arrays = batch.images, batch.size_hw, self.protocol.scaled_hw(batch.size_hw), batch.labels, batch.label_hw
         arrays = jax.device_put(arrays, parallel.split_by_batch(self.mesh))
         static = {"protocol": self.protocol, "label_canvas_hw": batch.label_canvas_hw}
@@ -87,8 +90,11 @@ class Segmenter:
           batch_size: images a batch, see `whole`.
           canvases_of: see `batches`.
         """
+        return self._run(batches(examples, self.whole(batch_size), WAITING_PIXELS, canvases_of))
+
+    def _run(self, in_turn: Iterable[Batch]) -> Iterator[tuple[Batch, jax.Array, jax.Array | None]]:
         under_way = None
-        for batch in batches(examples, self.whole(batch_size), WAITING_PIXELS, canvases_of):
+        for batch in in_turn:
             started = batch, *self(batch)
             if under_way is not None:
                 yield under_way
@@ -122,8 +128,13 @@ class Segmenter:
             image, label = canvases[tuple(sizes_hw[position].tolist())]
             return -image[0] * image[1], image, label, position
 
+        def canvases_of(example: "Example") -> CanvasPair:
+            return canvases[example.label_hw]
+
         examples = examples_at(sorted(range(len(sizes_hw)), key=order))
-        return self.run(examples, batch_size, lambda example: canvases[example.label_hw])
+        canvas_by_canvas = itertools.groupby(examples, canvases_of)  # Also the batches that are not full.
+        in_turn = (batches(group, batch_size, WAITING_PIXELS, canvases_of) for _, group in canvas_by_canvas)
+        return self._run(itertools.chain.from_iterable(in_turn))
 
 
 @partial(jax.jit, static_argnames=("model", "protocol", "label_canvas_hw"))

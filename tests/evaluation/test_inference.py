@@ -11,6 +11,7 @@ import pytest
 
 from dsnet_jax import parallel
 from dsnet_jax.data.pipeline import Example
+from dsnet_jax.evaluation import inference
 from dsnet_jax.evaluation.canvases import batches
 from dsnet_jax.evaluation.inference import Segmenter, segment
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
@@ -190,8 +191,11 @@ def test_a_batch_that_a_protocol_makes_smaller_than_the_devices_need_is_told_as_
     assert f"evaluating 4 images at a time, not {wanted}: there are 4 devices" in caplog.text
 
 
-def test_images_of_known_sizes_come_canvas_by_canvas_the_largest_first():
-    sizes_hw = [(20, 20), (60, 90), (30, 31), (90, 60), (60, 90), (10, 20), (88, 60)]
+@pytest.mark.parametrize(
+    "batch_size, expected", [(1, [[1], [4], [7], [3], [6], [0], [2], [5]]), (2, [[1, 4], [7], [3, 6], [0, 2], [5]])]
+)
+def test_images_of_known_sizes_come_canvas_by_canvas_the_largest_first(batch_size, expected):
+    sizes_hw = [(20, 20), (60, 90), (30, 31), (90, 60), (60, 90), (10, 20), (88, 60), (61, 90)]
     examples = list(make_examples(sizes_hw))
 
     def examples_at(positions):
@@ -199,9 +203,11 @@ def test_images_of_known_sizes_come_canvas_by_canvas_the_largest_first():
 
     model = OneConvolution()
     segmenter = Segmenter(model, random_variables(model), mesh_of(1))
-    found = list(segmenter.run_known(examples_at, np.array(sizes_hw), 1.0, 1))
-    assert [batch.examples[0].index for batch, _, _ in found] == [1, 4, 3, 6, 0, 2, 5]
-    assert [batch.images.shape[1:3] for batch, _, _ in found] == [(64, 96)] * 2 + [(96, 64)] * 2 + [(32, 32)] * 3
+    found = list(segmenter.run_known(examples_at, np.array(sizes_hw), 1.0, batch_size))
+    assert [[example.index for example in batch.examples] for batch, _, _ in found] == expected
+    canvases = {1: (64, 96), 4: (64, 96), 7: (64, 96), 3: (96, 64), 6: (96, 64), 0: (32, 32), 2: (32, 32), 5: (32, 32)}
+    for batch, _, _ in found:
+        assert batch.images.shape[1:3] == canvases[batch.examples[0].index]
     for batch, labels, _ in found:
         alone, _ = segmenter(batch)
         np.testing.assert_array_equal(labels, alone)
@@ -213,6 +219,7 @@ def test_programs_are_dropped_before_there_are_too_many_for_a_process(monkeypatc
     variables, expected = random_variables(model), []
     for share, programs in ((0.5, 4), (0.51, 1)):
         monkeypatch.setattr(parallel, "share_of_mappings", lambda share=share: share)
+        monkeypatch.setattr(inference, "_compiled", set())
         segment.clear_cache()
         segmenter = Segmenter(model, variables, mesh_of(1))
         labels = [labels for _, labels, _ in segmenter.run(make_examples(sizes_hw), 1)]
