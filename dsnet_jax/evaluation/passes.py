@@ -20,6 +20,7 @@ from dsnet_jax.evaluation.protocols import Protocol
 from dsnet_jax.ops.extent import CANVAS_MULTIPLE, Extent
 from dsnet_jax.ops.resize import bilinear_weights, resize_bilinear
 
+WINDOWS = 4  # Of an image, that the network sees at a time.
 Network = Callable[[jax.Array, Extent], jax.Array]  # Normalised images [B, H, W, 3] -> logits [B, h, w, K], float32.
 
 
@@ -126,10 +127,10 @@ def _windows(network, images, extent, label_hw, label_canvas_hw, protocol) -> Pa
 def _windows_at_once(count: int, window_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> int:
     """How many of an image's windows the network sees at a time: a divisor of their number.
 
-    Together they have about the pixels of the canvas, so that memory is that of a single pass over the image. One at a
-    time would leave a CPU's cores, or an accelerator, half idle.
+    One would leave a CPU's cores, or an accelerator, half idle. Together they have less than twice the canvas's pixels;
+    and they are not more than `WINDOWS`, so that memory does not grow with the image.
     """
-    most = -(-math.prod(canvas_hw) // math.prod(window_hw))
+    most = min(-(-math.prod(canvas_hw) // math.prod(window_hw)), WINDOWS)
     return next(number for number in range(min(most, count), 0, -1) if count % number == 0)
 
 

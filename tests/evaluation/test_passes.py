@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsnet_jax.evaluation.passes import Passes, mean_probabilities, merged_labels, mirror, passes_over
+from dsnet_jax.evaluation.passes import (
+    Passes,
+    _windows_at_once,
+    mean_probabilities,
+    merged_labels,
+    mirror,
+    passes_over,
+)
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
 from dsnet_jax.models.dsnet import DSNet
 from dsnet_jax.ops import Extent, resize_bilinear
@@ -117,6 +124,13 @@ def one_convolution():
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_probabilities_are_those_of_a_plain_loop_over_bare_images(one_convolution, name, label_scale):
     assert_equal_to_the_plain_loop(*one_convolution, SIZES_HW, PROTOCOLS[name], label_scale)
+
+
+@pytest.mark.parametrize("canvas_hw, most", [((512, 512), 1), ((544, 544), 2), ((1024, 1024), 4), ((3072, 4096), 4)])
+def test_few_windows_are_seen_at_a_time_however_large_the_image(canvas_hw, most):
+    counts = range(1, 200)
+    found = [_windows_at_once(count, (512, 512), canvas_hw) for count in counts]
+    assert max(found) == most and all(count % together == 0 for count, together in zip(counts, found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["ms_flip", "slide"])
