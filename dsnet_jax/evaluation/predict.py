@@ -60,7 +60,7 @@ def predict_files(
       InputError: the run cannot be used, there is no image, two would be written to one place, or one over an image,
         there is no such protocol, or `output` cannot be written.
     """
-    files, others = _image_files(inputs)
+    files, others, folders = _image_files(inputs)
     output = epath.Path(output)
     names = _output_names(files, output)
     otherwise = "give another --output"
@@ -93,6 +93,7 @@ def predict_files(
     print(
         f"{len(files) - len(failed)} images labelled into {output}, {len(failed)} could not be read, "
         f"{others} files in the folders are not images"
+        + (f", {folders} folders in them were not looked into" if folders else "")
     )
     return len(failed)
 
@@ -111,12 +112,14 @@ def _read_image(file: Path, image_scale: float, protocol: Protocol, max_pixels: 
     return decode_image(data, str(file), max(max_pixels, MAX_PIXELS))
 
 
-def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int]:
-    """The images among the inputs, each once, and how many files of the folders are none."""
-    files, others = [], 0
+def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int, int]:
+    """The images among the inputs, each once; how many files of the folders are none; how many folders are in those."""
+    files, others, folders = [], 0, 0
     for given in map(Path, inputs):
         if given.is_dir():
-            inside = sorted(path for path in given.iterdir() if path.is_file())
+            inside = sorted(given.iterdir())
+            folders += sum(path.is_dir() for path in inside)
+            inside = [path for path in inside if path.is_file()]
             images = [path for path in inside if path.suffix.lower() in IMAGE_EXTENSIONS]
             others += len(inside) - len(images)
             files += images
@@ -124,7 +127,7 @@ def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int]:
             files.append(given)
     if not files:
         raise InputError(f"{', '.join(inputs)}: no image found ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    return list(dict.fromkeys(files)), others
+    return list(dict.fromkeys(files)), others, folders
 
 
 def _output_names(files: Sequence[Path], output: epath.Path) -> dict[Path, str]:
