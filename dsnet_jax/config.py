@@ -70,17 +70,17 @@ def default_config() -> ConfigDict:
     model.dtype = "float32"  # Of computation: bfloat16 on accelerators. Parameters, statistics and loss stay float32.
 
     config.optimizer = optimizer = ConfigDict()  # SGD with momentum, poly schedule to zero.
-    optimizer.base_lr = 0.01
+    optimizer.base_lr = 0.01  # At step 0, for batches of 32; the multipliers below come on top.
     optimizer.poly_power = 0.9  # lr = base_lr * (1 - step / steps) ** poly_power
-    optimizer.momentum = 0.9
-    optimizer.weight_decay = 1e-4
+    optimizer.momentum = 0.9  # Share of the last update that stays in the next, PyTorch's form.
+    optimizer.weight_decay = 1e-4  # Times the parameter, added to its gradient.
     optimizer.decay_norm_and_bias = True  # False leaves batch norm's parameters and biases out of weight decay.
     optimizer.backbone_lr_multiplier = 0.1  # The paper's text says 1 here ...
     optimizer.head_lr_multiplier = 1.0  # ... and 0.1 here; see docs/architecture.md, "Where we deviate".
     optimizer.offset_lr_multiplier = 1.0  # On top of head_lr_multiplier, for the convolution that predicts offsets.
 
     config.training = training = ConfigDict()
-    training.epochs = 80
+    training.epochs = 80  # Each of as many steps as the training split fills whole batches.
     training.accumulation_steps = (
         1  # A batch goes through the network in so many parts, one after another; the gradient
     )
@@ -90,8 +90,8 @@ def default_config() -> ConfigDict:
     training.ema_decay = 0.0  # Of an exponential moving average of the weights, per step, which is then what is
     #                           evaluated; 0: none.
     training.max_skipped_in_a_row = 5  # Steps that are not finite are skipped; after so many in a row the run stops.
-    training.log_every_steps = 50
-    training.checkpoint_every_steps = 500
+    training.log_every_steps = 50  # Means of these steps, in metrics.jsonl, TensorBoard and on the terminal.
+    training.checkpoint_every_steps = 500  # And after the last, and when the run is told to stop.
     training.evaluate_every_epochs = 10  # And after the last.
 
     config.evaluation = evaluation = ConfigDict()

@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named_and_counted_and_the_rest_is_labelled(rando
     assert [any(name in line for line in told) for name in ("1.png", "empty.jpg", "no.png")] == [True] * 3
     assert len(told) == 3
     assert "2 images labelled into" in printed.out
-    assert "3 could not be read, 1 files in the folders are not images" in printed.out
+    assert "3 could not be read, 1 files in the folders are not images, 1 folders in them" in printed.out
     assert outputs(tmp_path / "out") == ["0.png", "0_overlay.png", "2.png", "2_overlay.png"]
 
 
