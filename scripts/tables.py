@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tables_page import update_page
-from tables_runs import CONFIGS, REPOSITORY, Run, collect, facts_of, hardware, missing_protocols, note_version, planned
+from tables_runs import CONFIGS, REPOSITORY, Run, collect, differs, facts_of, missing_protocols, note, planned
 
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import duration
@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"{wrong[0]!r}: --config.FIELD=VALUE is passed on; config, seed and init_from are this script's own"
         )
+    if fields and not options.scale:
+        parser.error(f"{fields[0]!r} is of no use without --scale")
     try:
         runs = planned(options.scale, options.seeds or {"cpu": 2, "paper": 1}[options.scale]) if options.scale else []
         chosen = {run.name for run in runs if options.only in run.name}
@@ -169,9 +171,11 @@ class Tables:
         if run.after:
             self.check_finished(run.before)
         workdir = self.runs / run.name
-        workdir.mkdir(exist_ok=True)
-        if self.facts(run) is None:  # Otherwise only evaluations are missing.
-            note_version(workdir)
+        if self.facts(run) is None:
+            workdir.mkdir(exist_ok=True)
+            note(workdir)
+        else:  # Only evaluations are missing.
+            self.check_trained(run)
         train, *others = run.commands(self.runs, [*run.flags(self.runs, CONFIGS), *self.fields])
         if not sitting.dsnet(train, workdir / LOG, label, eta):
             return False
@@ -182,17 +186,22 @@ class Tables:
                 continue
             if not sitting.dsnet(command, workdir / LOG, label, eta):
                 return False
-        collect(run, workdir, expected, self.docs / "results", hardware())
+        collect(run, workdir, expected, self.docs / "results")
         return True
 
     def check_finished(self, run: Run) -> None:
         """Raises InputError, which says what to do, where a run cannot be started from."""
         if self.facts(run) is None:
             raise InputError(f"it starts from {run.name}, which is not finished")
-        if not (self.runs / run.name / "config.json").exists():
+        self.check_trained(run)
+
+    def check_trained(self, run: Run) -> None:
+        """Raises InputError, which says what to do, where a workdir is not that which a run's facts are of."""
+        workdir = self.runs / run.name
+        if found := differs(run, workdir, run.load(self.fields), self.facts(run)["steps"]):
             raise InputError(
-                f"it starts from {self.runs / run.name}, which is not there: copy it from where it was trained, or "
-                f"remove {self.docs / 'results' / run.name}.json, and the same command trains it again"
+                f"{workdir} {found}: copy it from where it was trained, or remove "
+                f"{self.docs / 'results' / run.name}.json and {workdir}, and the same command trains it again"
             )
 
 

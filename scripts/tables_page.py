@@ -78,9 +78,9 @@ def _cpu(folder: Path, fields: Iterable[str]) -> str:
     lines = [
         f"{len(every)} runs, of {sum(bool(seeds) for _, seeds in rows)} of {len(rows)} systems.{trial} Figures are "
         'means of the runs, in brackets the least and the largest. "To the grid" is the mean difference to CGDS on the '
-        "regular grid, over the seeds that both have; boundary IoU is that of Cheng et al. (CVPR 2021). Offsets "
-        "are in pixels of the sampled map: their mean and the share of points outside of the map at the last step, and "
-        "the largest of the whole run. Minutes are those of the training steps alone.",
+        "regular grid, over the seeds that both have, in brackets each; boundary IoU is that of Cheng et al. (CVPR "
+        "2021). Offsets are in pixels of the sampled map: their mean and the share of points outside of the map at the "
+        "last step, and the largest that a run logged. Minutes are those of the steps alone, of the quickest run.",
         _comparison(rows),
         "One run after another: `python scripts/tables.py --scale=cpu`; or by hand, for instance:",
         f"```bash\n{train}\n{evaluate}\n```",
@@ -92,6 +92,7 @@ def _cpu(folder: Path, fields: Iterable[str]) -> str:
 
 def _comparison(rows: list[tuple[dict, dict]]) -> str:
     regular = next(seeds for row, seeds in rows if row["config"].endswith(":regular"))
+    columns = (("mean", statistics.mean, 1, 2), ("largest", max, 1, 1), ("outside", statistics.mean, 100, 1))
     lines = []
     for row, seeds in rows:
         scores = [facts["scores"]["ss"] for facts in seeds.values()]
@@ -104,20 +105,28 @@ def _comparison(rows: list[tuple[dict, dict]]) -> str:
                 f"`{row['config'].partition(':')[2]}`",
                 str(len(seeds)),
                 _percent(score["miou"] for score in scores) if scores else "not run",
-                f"{statistics.mean(gains):+.2f}" if gains else NOTHING,
+                _gain(gains),
                 _percent(score["boundary_miou"] for score in scores),
                 _percent(score["pixel_accuracy"] for score in scores),
                 *(
-                    f"{statistics.mean(offset[name] * factor for offset in offsets):.{digits}f}" if offsets else NOTHING
-                    for name, factor, digits in (("mean", 1, 2), ("largest", 1, 1), ("outside", 100, 1))
+                    f"{of(offset[name] * factor for offset in offsets):.{digits}f}" if offsets else NOTHING
+                    for name, of, factor, digits in columns
                 ),
-                f"{statistics.mean(facts['minutes'] for facts in seeds.values()):.1f}" if seeds else NOTHING,
+                f"{min(facts['minutes'] for facts in seeds.values()):.1f}" if seeds else NOTHING,
                 str(row.get("paper", NOTHING)),
             ]
         )
     headings = ["system", "config", "runs", "mIoU %", "to the grid", "boundary IoU %", "pixel accuracy %"]
     headings += ["offsets: mean", "largest", "outside %", "minutes", "the paper, VOC val, R50"]
     return _table(headings, lines, left=2)
+
+
+def _gain(gains: list[float]) -> str:
+    """The mean of differences, and of several also each."""
+    if not gains:
+        return NOTHING
+    each = f" ({', '.join(f'{gain:+.2f}' for gain in gains)})" if len(gains) > 1 else ""
+    return f"{statistics.mean(gains):+.2f}{each}"
 
 
 def _miou(facts: dict) -> float:

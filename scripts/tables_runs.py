@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 ROWS = json.loads(Path(__file__).with_name("tables.json").read_text())
 NOT_COMPARED = {*FREE_FIELDS, "seed"} - {*SCORE_FIELDS}  # The seed is the run's own, beside its config.
-VERSIONS = "versions.txt"  # In a workdir: of dsnet_jax, all that trained there, one a line.
+VERSIONS, HARDWARE = "versions.txt", "hardware.txt"  # In a workdir: what trained there, one a line.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +142,24 @@ def _results(run: Run, workdir: Path, expected: ConfigDict, protocol: str) -> di
     return None
 
 
+def differs(run: Run, workdir: Path, expected: ConfigDict, steps: int) -> str:
+    """What keeps a workdir from being that of a run of so many steps; empty: nothing."""
+    if not (workdir / "config.json").exists():
+        return "is not there"
+    config = from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
+    if different := run.changes(expected, config):
+        return f"is of another config ({'; '.join(different)})"
+    if config.seed != run.seed:
+        return f"has another seed, {config.seed}"
+    trained = _log(workdir)[-1]["step"]
+    return "" if trained == steps else f"was trained for {trained} steps, not {steps}"
+
+
 def _log(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def collect(run: Run, workdir: Path, expected: ConfigDict, folder: Path, hardware: str) -> None:
+def collect(run: Run, workdir: Path, expected: ConfigDict, folder: Path) -> None:
     """Writes the facts of a run that is trained and evaluated.
 
     Args:
@@ -154,7 +167,6 @@ def collect(run: Run, workdir: Path, expected: ConfigDict, folder: Path, hardwar
       workdir: where it was trained.
       expected: the config that it has to have been trained with, apart from fields that change nothing.
       folder: of the facts.
-      hardware: that it was trained on, for people.
 
     Raises:
       InputError: it was trained with another config, which is a trial and no result; or an evaluation is missing.
@@ -179,8 +191,8 @@ def collect(run: Run, workdir: Path, expected: ConfigDict, folder: Path, hardwar
         "steps": log[-1]["step"],
         "minutes": seconds / 60,  # Of the steps alone: no compiling, no evaluations, nothing twice that was stopped.
         "date": time.strftime("%Y-%m-%d", time.gmtime((workdir / "metrics.jsonl").stat().st_mtime)),
-        "hardware": hardware,
-        "version": ", ".join(_versions(workdir) or [_version()]),
+        "hardware": ", then ".join(_noted(workdir, HARDWARE) or ["not noted"]),
+        "version": ", ".join(_noted(workdir, VERSIONS) or ["not noted"]),
         "offsets": _offsets([line for line in trained if "offset_mean" in line]),
         "scores": {protocol: _scores(results) for protocol, results in scores.items()},
         "experiment": _experiment(run, config),
@@ -217,15 +229,15 @@ def _scores(results: dict) -> dict:
     return {key: results[key] for key in KEPT} | classes
 
 
-def note_version(workdir: Path) -> None:
-    """Notes in a workdir which dsnet_jax is about to train there; `collect` gives all that did."""
-    known, now = _versions(workdir), _version()
-    if now not in known:
-        write_text(workdir / VERSIONS, "".join(f"{line}\n" for line in [*known, now]))
+def note(workdir: Path) -> None:
+    """Notes in a workdir which dsnet_jax is about to train there, and on what; `collect` gives all that did."""
+    for name, now in ((VERSIONS, _version()), (HARDWARE, hardware())):
+        if now not in (known := _noted(workdir, name)):
+            write_text(workdir / name, "".join(f"{line}\n" for line in [*known, now]))
 
 
-def _versions(workdir: Path) -> list[str]:
-    file = workdir / VERSIONS
+def _noted(workdir: Path, name: str) -> list[str]:
+    file = workdir / name
     return file.read_text().splitlines() if file.exists() else []
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from dsnet_jax.cli import _parser
-from dsnet_jax.config import to_json
+from dsnet_jax.config import from_json, to_json
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.submissions import FORMATS
 
@@ -116,7 +116,7 @@ def stage(scripts, monkeypatch, tmp_path):
     for module in runs, tables:
         monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(tables, "DSNET", [sys.executable, str(REPOSITORY / "tests" / "played_dsnet.py")])
-    monkeypatch.setattr(tables, "hardware", lambda: "2 cores of a test")
+    monkeypatch.setattr(runs, "hardware", lambda: "2 cores of a test")
     monkeypatch.setenv("ORDERS", str(tmp_path / "orders.json"))
     return Stage(tmp_path, tables, runs)
 
@@ -179,7 +179,7 @@ def test_what_is_missing_is_run_and_kept_and_then_skipped(stage, capsys):
 
     page = stage.page.read_text()
     config, runs, miou, gain, edges, _, mean, largest, outside, minutes, paper = row_of(stage.page, "DSNet")[1:]
-    assert (config, runs, miou, gain) == ("`cgds`", "2", "60.00 (58.00 to 62.00)", "+10.00")
+    assert (config, runs, miou, gain) == ("`cgds`", "2", "60.00 (58.00 to 62.00)", "+10.00 (+12.00, +8.00)")
     assert edges == "40.00 (40.00 to 40.00)"
     assert (mean, largest, outside, minutes, paper) == ("1.00", "19.0", "25.0", "1.0", "79.0")
     assert row_of(stage.page, "the grid")[3:5] == ["50.00 (50.00 to 50.00)", "–"]
@@ -281,7 +281,7 @@ def test_a_trial_is_never_a_result(stage, capsys):
 
     run = stage.runs.run_of(ROWS["cpu"][2], 0)
     with pytest.raises(InputError, match=r"is a trial and not collected: training.epochs: 40 -> 1"):
-        stage.runs.collect(run, trial / run.name, run.load(), stage.folder / "docs" / "results", "")
+        stage.runs.collect(run, trial / run.name, run.load(), stage.folder / "docs" / "results")
     shutil.copytree(trial / "results", stage.folder / "docs" / "results")  # Whoever copies it does not get it shown.
     assert stage.main() == 0 and row_of(stage.page, "DSNet")[3] == "not run"
     assert "of another config than camvid_comparison.py:cgds is now, not shown: " in capsys.readouterr().err
@@ -337,8 +337,53 @@ def test_where_the_workdir_to_start_from_is_elsewhere_it_is_said_what_to_do(stag
     stage.calls()
     assert stage.main("--scale=paper", "--only=tuned") == 1 and stage.calls() == []
     told = capsys.readouterr().err
-    assert f"starts from {stage.folder}/runs/big-seed0, which is not there: copy it" in told
-    assert f"or remove {results}/big-seed0.json, and the same command trains it again\n" in told
+    base = f"{stage.folder}/runs/big-seed0"
+    assert (
+        f"{base} is not there: copy it from where it was trained, or remove {results}/big-seed0.json and {base}" in told
+    )
+
+
+def test_a_workdir_that_is_not_that_of_the_facts_is_no_start(stage, capsys):
+    assert stage.main("--scale=paper", "--only=tuned") == 0
+    (stage.folder / "docs" / "results" / "big-tuned-seed0.json").unlink()
+    base = stage.folder / "runs" / "big-seed0"
+    config, log = (base / "config.json").read_text(), (base / "metrics.jsonl").read_text()
+    changed = from_json(config, "config.json")
+    changed.model.dropout = 0.5
+    other_seed = from_json(config, "config.json")
+    other_seed.seed = 7
+    shorter = "".join(line + "\n" for line in log.splitlines()[:2])
+    stage.calls()
+    for name, text, told in (
+        ("config.json", to_json(changed), "is of another config (model.dropout: 0.1 -> 0.5)"),
+        ("config.json", to_json(other_seed), "has another seed, 7"),
+        ("metrics.jsonl", shorter, "was trained for 2 steps, not 10"),
+    ):
+        (base / name).write_text(text)
+        assert stage.main("--scale=paper", "--only=tuned") == 1 and stage.calls() == []
+        assert f"{base} {told}: copy it" in capsys.readouterr().err
+        (base / "config.json").write_text(config)
+        (base / "metrics.jsonl").write_text(log)
+    assert stage.main("--scale=paper", "--only=tuned") == 0
+
+
+def test_results_whose_workdir_is_elsewhere_are_not_replaced_for_another_protocol(stage, capsys):
+    assert stage.main("--scale=paper", "--only=big-seed0") == 0
+    file = stage.folder / "docs" / "results" / "big-seed0.json"
+    facts = stage.facts("big-seed0")
+    del facts["scores"]["flip"]
+    file.write_text(json.dumps(facts))
+    shutil.rmtree(stage.folder / "runs" / "big-seed0")
+    stage.calls()
+    assert stage.main("--scale=paper", "--only=big-seed0") == 1 and stage.calls() == []
+    assert "runs/big-seed0 is not there: copy it from where it was trained, or remove" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == facts and not (stage.folder / "runs" / "big-seed0").exists()
+
+
+def test_fields_without_runs_are_refused(stage, capsys):
+    with pytest.raises(SystemExit):
+        stage.main("--config.training.epochs=1")
+    assert "'--config.training.epochs=1' is of no use without --scale" in capsys.readouterr().err
 
 
 def test_facts_tell_what_a_run_started_from(stage, capsys):
@@ -358,7 +403,7 @@ def test_facts_tell_what_a_run_started_from(stage, capsys):
     (stage.folder / "runs" / "big-seed0" / "config.json").write_text(to_json(from_seed))
     run = stage.runs.planned("paper", 1)[0]
     with pytest.raises(InputError, match="is a trial and not collected: init_from: weights/resnet50 -> "):
-        stage.runs.collect(run, stage.folder / "runs" / run.name, run.load(), stage.folder / "docs" / "results", "")
+        stage.runs.collect(run, stage.folder / "runs" / run.name, run.load(), stage.folder / "docs" / "results")
 
 
 def test_every_seed_that_is_there_is_shown_where_it_has_the_protocol(stage):

@@ -1,9 +1,11 @@
 """What a run writes about itself: `metrics.jsonl` and TensorBoard events."""
 
+import itertools
 import json
 import math
 import os
 import time
+from collections import defaultdict
 
 import numpy as np
 from etils import epath
@@ -88,12 +90,16 @@ def _stays(line: str, start_step: int, evaluated: bool) -> bool:
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The losses' means over steps, and the last step's other figures; what was finite in no step is left out."""
-    means = {
-        name: float(np.mean([values[name] for values in steps if name in values]))
-        for name in dict.fromkeys(name for values in steps for name in values if name.endswith("loss"))
-    }
-    return steps[-1] | means
+    """The losses' means over steps, the largest `offset_max`, and the last step's other figures.
+
+    What was finite in no step is left out.
+    """
+    found = defaultdict(list)
+    for name, value in itertools.chain.from_iterable(values.items() for values in steps):
+        found[name].append(value)
+    means = {name: float(np.mean(values)) for name, values in found.items() if name.endswith("loss")}
+    largest = {name: max(values) for name, values in found.items() if name == "offset_max"}
+    return steps[-1] | means | largest
 
 
 def describe(step: int, steps: int, epoch: int, scalars: dict[str, float]) -> str:

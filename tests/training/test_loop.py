@@ -457,6 +457,11 @@ def test_skipped_steps_are_left_out_of_the_mean_loss_and_counted():
     assert summarise(steps[1:2]) == {"learning_rate": 0.5, "skipped": 1}
 
 
+def test_the_largest_offset_of_all_steps_is_logged():
+    steps = [{"offset_max": 2.0, "offset_mean": 1.0}, {"offset_max": 9.0, "offset_mean": 2.0}, {"skipped": 1}]
+    assert summarise(steps) == {"skipped": 1, "offset_max": 9.0}
+
+
 def test_averages_are_what_is_scored_and_a_batch_in_parts_is_trained(small_config, tmp_path):
     small_config.data.batch_size = 16
     small_config.training.update(ema_decay=0.5, accumulation_steps=2)
