@@ -29,8 +29,9 @@ def default_config() -> ConfigDict:
     data.root = "datasets"  # The folder given to `dsnet prepare --root`.
     data.train_split = "train"
     data.eval_split = "val"
-    data.image_scale = 1.0  # Working resolution: images are resized by this factor before everything else, in training,
-    #                         evaluation and prediction. Scores are still taken at the labels' own size.
+    data.image_scale = 1.0  # Working resolution: a factor on the size of images. Evaluation and prediction resize by it
+    #                         before everything else; training resizes once, by it times the random factor. Scores are
+    #                         still taken at the labels' own size.
     data.crop_size_hw = (512, 512)  # Training crop, pixels: multiples of model.output_stride.
     data.scale_range = (0.5, 2.0)  # Random scale: a factor on the image, or on the box, drawn uniformly.
     data.scale_box = ()  # Long and short edge, pixels: images are scaled to fit into so many times this box, whatever
@@ -143,11 +144,15 @@ SCORE_FIELDS = (  # Change how a network is scored, not which weights a run ends
     "evaluation.slide_stride_hw",
 )
 
-FREE_FIELDS = (  # May change while a run is under way: they do not change which weights it ends with.
+OWN_FIELDS = (  # Each of several processes may have its own.
     "data.root",
     "data.cache_decoded_gb",
     "data.worker_count",
     "data.read_threads",
+)
+
+FREE_FIELDS = (  # May change while a run is under way: they do not change which weights it ends with.
+    *OWN_FIELDS,
     "model.sampling_formulation",  # Only how sums are rounded, as another number of devices does.
     "training.remat",  # The same.
     "training.max_skipped_in_a_row",

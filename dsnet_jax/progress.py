@@ -1,9 +1,10 @@
 """Progress of whatever takes long: a bar on a terminal, a line now and then in a log."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,6 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def tell(line: str, stream: TextIO) -> None:
+    """Prints a line; where nobody reads it any more, or the disk is full, this one and all later ones go nowhere.
+
+    For what is worth more than being told about it: a training is not to end because `tee` has.
+    """
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -41,7 +53,7 @@ def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[
         now = time.monotonic()
         if now - said >= SECONDS_BETWEEN_LINES and done:
             said = now
-            print(_line(description, done, total, now - start), file=sys.stderr, flush=True)
+            tell(_line(description, done, total, now - start), sys.stderr)
         yield item
 
 

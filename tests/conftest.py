@@ -1,8 +1,10 @@
 """What all tests share: eight CPU devices, a compilation cache, networks of random numbers, PyTorch's results."""
 
+import contextlib
 import gc
 import importlib.util
 import os
+import resource
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -207,6 +209,22 @@ def _step_of(config: ConfigDict, model: nn.Module, steps: int) -> tuple:
 @cache
 def _remembered_step_of(config: str, model: nn.Module, steps: int) -> tuple:
     return program.step_of(from_json(config, "config"), model, steps)
+
+
+@pytest.fixture
+def files_of_at_most() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """Called with a size in bytes, gives a context in which what is written beyond fails, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
 """Checkpoints on disk: which are kept, which is the best, what is read back, and what is said of damage."""
 
-import contextlib
 import json
 import logging
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -444,17 +442,6 @@ def test_a_save_is_refused_when_there_is_no_room_for_it(tmp_path, monkeypatch):
     assert reopened(tmp_path).steps() == [1, 2]
 
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """What is written beyond fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def check_until_it_raises(checkpoints):
     for _ in range(1000):
         checkpoints.check()
@@ -471,7 +458,9 @@ def check_until_it_raises(checkpoints):
     ],
     ids=["check", "save", "wait", "close"],
 )
-def test_a_save_that_failed_is_said_at_the_next_look_and_leaves_the_steps_before(tmp_path, look, caplog):
+def test_a_save_that_failed_is_said_at_the_next_look_and_leaves_the_steps_before(
+    tmp_path, look, caplog, files_of_at_most
+):
     save_all(tmp_path, 0.5, None, None)
     checkpoints = Checkpoints(tmp_path)
     with files_of_at_most(1_000_000):
@@ -494,7 +483,7 @@ def test_a_save_that_failed_is_said_at_the_next_look_and_leaves_the_steps_before
     assert reopened(tmp_path).steps() == [1, 3, 4]
 
 
-def test_a_score_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_a_score_that_cannot_be_written_is_told_in_one_line(tmp_path, files_of_at_most):
     save_all(tmp_path, 0.5)
     checkpoints = Checkpoints(tmp_path)
     with files_of_at_most(10), pytest.raises(InputError, match=r"scores\.json: could not be written .*File too large"):

@@ -1,4 +1,5 @@
 import itertools
+import os
 import sys
 
 import pytest
@@ -27,6 +28,14 @@ def consume(clock, items, seconds_each, **kwargs):
         out.append(item)
         clock.now += seconds_each
     return out
+
+
+def test_what_nobody_reads_any_more_is_told_to_nobody_and_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        progress.tell("one", stream)
+        progress.tell("two", stream)
 
 
 def test_every_item_passes_through_in_order(clock):

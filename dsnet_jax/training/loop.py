@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dsnet_jax import parallel, processes
 from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.config import OWN_FIELDS
 from dsnet_jax.data.cache import decoded_once
 from dsnet_jax.data.pipeline import records_of_step, train_batches
 from dsnet_jax.data.records import Split, open_split
@@ -24,7 +26,7 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.evaluate import evaluate
 from dsnet_jax.evaluation.metrics import score
 from dsnet_jax.experiment import build_model, steps_per_epoch
-from dsnet_jax.progress import duration
+from dsnet_jax.progress import duration, tell
 from dsnet_jax.stopping import Request, Stopped, deferred
 from dsnet_jax.training.init_from import check_there, in_short, init_from
 from dsnet_jax.training.memory import advice_for_evaluation, advice_for_step, out_of_memory_explained
@@ -64,8 +66,12 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         deferred() as stop,
         out_of_memory_explained(advice_for_step(config, mesh.size)),
     ):
-        _claim(config, workdir, split)
+        _claim(config, workdir, [split, held_out])
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            seen = f"{checkpoints.steps()}, scored {sorted(checkpoints.scores)}"
+            _all_agree(
+                f"{checkpoints.folder}", f"has steps {seen}", "wait until every machine sees the same, and start again"
+            )
             run = _Run(config, workdir, split, held_out, epoch, steps, model, checkpoints, stop)
             run.go(from_seed, step_function, mesh)
 
@@ -82,24 +88,37 @@ def _open_splits(config: ConfigDict) -> tuple[Split, Split]:
     return split, held_out
 
 
-def _claim(config: ConfigDict, workdir: epath.PathLike, split: Split) -> None:
-    """Only the main process writes; the others see whether they were given the same config and classes."""
-    if processes.is_main_process() and (changed := claim_workdir(workdir, config, split.spec)):
+def _claim(config: ConfigDict, workdir: epath.PathLike, splits: Sequence[Split]) -> None:
+    """Only the main process writes; the others see whether they were given the same config, classes and data."""
+    spec = splits[0].spec
+    if processes.is_main_process() and (changed := claim_workdir(workdir, config, spec)):
         _say(f"{workdir}: the run goes on with other fields than it began with: {'; '.join(changed)}")
     processes.wait_for_all()
     if not processes.is_main_process():
-        check_workdir(workdir, config, split.spec)
-    own = np.array([zlib.crc32(split.fingerprint.encode())], np.int64)
+        changed = check_workdir(workdir, config, spec)
+        if changed is None:
+            raise InputError(
+                f"{processes.describe()}: {workdir} is not what process 0 writes into: give a folder that all share"
+            )
+        if other := [line for line in changed if line.partition(":")[0] not in OWN_FIELDS]:
+            raise InputError(
+                f"{processes.describe()}: other fields than process 0 was given: {'; '.join(other)}: give all the same"
+            )
+    for split in splits:
+        what, advice = f"{spec.name}, split {split.name}", "prepare it once, and copy it to every machine"
+        _all_agree(what, f"its fingerprint is {split.fingerprint}", advice)
+
+
+def _all_agree(what: str, found: str, advice: str) -> None:
+    """Raises InputError where what this process has found is not what all have."""
+    own = np.array([zlib.crc32(found.encode())], np.int64)
     if processes.sum_over_processes(own) != processes.count() * own:
-        raise InputError(
-            f"{processes.describe()}: {split.spec.name} is not the same in all processes, here its fingerprint is "
-            f"{split.fingerprint}: prepare it once, and copy it to every machine"
-        )
+        raise InputError(f"{processes.describe()}: {what} is not the same in all processes, here it {found}: {advice}")
 
 
 def _say(line: str) -> None:
     if processes.is_main_process():
-        print(line, flush=True)
+        tell(line, sys.stdout)
 
 
 @dataclasses.dataclass
@@ -164,6 +183,8 @@ class _Run:
                 f"{self.workdir}: the checkpoint was trained on other data ({'; '.join(different)}): give another "
                 "--workdir, or prepare the old data set again"
             )
+        if saved.get("held_out", self.held_out.fingerprint) != self.held_out.fingerprint:
+            _say(f"{self.workdir}: split {self.held_out.name} has changed: scores before and after do not compare")
         self.state, self.unlogged = TrainState.from_trees(trees), saved["unlogged"]
 
     def take_weights_of(self, workdir: str) -> None:
@@ -221,7 +242,8 @@ class _Run:
                 with pace.paused():
                     if saves or signal:
                         # Before the evaluation, which may take long: the state is safe by then.
-                        about = self.provenance() | {"unlogged": [*self.unlogged]}
+                        about = {"unlogged": [*self.unlogged], "held_out": self.held_out.fingerprint}
+                        about |= self.provenance()
                         self.checkpoints.save(step, self.state.to_trees(), about)
                     if signal:
                         self.end(step, signal)
@@ -268,6 +290,7 @@ class _Run:
                     f"step {step} is not finite and was skipped, the state keeps its value: loss {values.pop('loss')}, "
                     f"gradient norm {values.pop('gradient_norm')}; {in_a_row} in a row, {values['skipped']} in all"
                 )
+                values = {name: value for name, value in values.items() if not name.endswith("loss")}
                 if in_a_row >= self.config.training.max_skipped_in_a_row:
                     raise InputError(self.describe_skipped(step, in_a_row))
             self.unlogged.append({name: value for name, value in values.items() if np.isfinite(value)})

@@ -1,5 +1,6 @@
 """What a run writes about itself: `metrics.jsonl` and TensorBoard events."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -13,10 +14,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import writing_into
 from dsnet_jax.progress import duration
 from dsnet_jax.workdir import is_remote, write_text
 
+MAKE_ROOM = "make room, then the same command goes on"
 TIMES = ("images_per_second", "seconds_per_step", "data_wait")  # Figures that differ from one time to the next.
 
 
@@ -34,8 +36,15 @@ class MetricsLog:
           workdir: of the run.
           start_step: the step that it goes on from.
           evaluated: False where the evaluation at that step is to be done again: its line is taken back too.
+
+        Raises:
+          InputError: they cannot be written.
         """
         self._file = epath.Path(workdir) / "metrics.jsonl"
+        with writing_into(self._file, MAKE_ROOM):
+            self._open(epath.Path(workdir), start_step, evaluated)
+
+    def _open(self, workdir: epath.Path, start_step: int, evaluated: bool) -> None:
         self._lines = self._file.read_text().splitlines(keepends=True) if self._file.exists() else []
         kept = [line for line in self._lines if _stays(line, start_step, evaluated)]
         if kept != self._lines:
@@ -44,7 +53,7 @@ class MetricsLog:
         self._events = None
         if not is_remote(self._file):
             # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and its queue then blocks for ever.
-            self._events = EventsWriter(str(epath.Path(workdir) / "events"), f".{os.getpid()}")
+            self._events = EventsWriter(str(workdir / "events"), f".{os.getpid()}")
             restart = SessionLog(status=SessionLog.START)
             self._add_event(Event(step=start_step + 1, file_version="brain.Event:2", session_log=restart))
 
@@ -56,7 +65,7 @@ class MetricsLog:
         """
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._lines.append(json.dumps({"step": step, **finite}) + "\n")
-        try:
+        with writing_into(self._file, MAKE_ROOM):
             if self._events is None:
                 write_text(self._file, "".join(self._lines))
                 return
@@ -65,10 +74,6 @@ class MetricsLog:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
             self._add_event(Event(step=step, summary=Summary(value=values)))
             self._events.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self._file}: cannot be written ({error.strerror}): make room, then the same command goes on"
-            ) from error
 
     def _add_event(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -77,7 +82,8 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the files; all that was written is in them already."""
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # What could not be written was told by `write`; it is tried again here.
+                self._events.close()
 
 
 def _stays(line: str, start_step: int, evaluated: bool) -> bool:

@@ -21,6 +21,7 @@ import pytest
 from dsnet_jax import parallel
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.data.prepare import prepare
+from dsnet_jax.data.records import open_split
 from dsnet_jax.data.specs import SHAPES
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation import evaluate as evaluation
@@ -409,6 +410,53 @@ def test_changed_images_are_refused_when_a_run_goes_on(rooms, small_config, tmp_
     prepare("folder", str(tmp_path / "source"), str(tmp_path / "datasets"), name="rooms", overwrite=True)
     with pytest.raises(InputError, match=r"other data \(fingerprint: \w+ -> \w+\): give another --workdir"):
         train(small_config, tmp_path / "run")
+
+
+def test_a_changed_validation_split_is_told_when_a_run_goes_on(rooms, small_config, tmp_path, monkeypatch, capsys):
+    shutil.copytree(rooms, tmp_path / "datasets")
+    small_config.data.root = str(tmp_path / "datasets")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Broken):
+            train(small_config, tmp_path / "run")
+    shutil.copytree(rooms.parent / "source", tmp_path / "source")
+    image = sorted((tmp_path / "source" / "images" / "val").iterdir())[0]
+    cv2.imwrite(str(image), 255 - cv2.imread(str(image)))
+    prepare("folder", str(tmp_path / "source"), str(tmp_path / "datasets"), name="rooms", overwrite=True)
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        stop_after(patch, 0)
+        train(small_config, tmp_path / "run")
+    assert "split val has changed: scores before and after do not compare" in capsys.readouterr().out
+
+
+def test_other_processes_have_to_have_the_folder_the_fields_and_the_steps_of_the_main_one(
+    rooms, small_config, tmp_path, monkeypatch
+):
+    split = open_split(small_config.data.root, "rooms", "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.processes, "is_main_process", lambda: False)
+        with pytest.raises(InputError, match="is not what process 0 writes into: give a folder that all share"):
+            loop._claim(small_config, tmp_path / "elsewhere", [split])
+        (tmp_path / "run").mkdir()
+        claim_workdir(tmp_path / "run", small_config, split.spec)
+        small_config.data.worker_count = 1  # Every process may have its own.
+        loop._claim(small_config, tmp_path / "run", [split])
+        small_config.training.checkpoint_every_steps = 7
+        with pytest.raises(InputError, match=r"other fields than process 0 was given: training\.ch.*: \d+ -> 7"):
+            loop._claim(small_config, tmp_path / "run", [split])
+    sums = iter([0, 0, 1])  # What others' values add to that of this process: of both splits, then of the steps.
+    monkeypatch.setattr(loop.processes, "sum_over_processes", lambda own: own + next(sums))
+    with pytest.raises(InputError, match=r"checkpoints is not the same .*, here it has steps \[\], scored"):
+        train(small_config, tmp_path / "new")
+
+
+def test_a_training_goes_on_when_nobody_reads_what_it_says(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        loop._say("step 1")
+        monkeypatch.undo()
 
 
 def test_other_classes_are_refused_even_before_the_first_checkpoint(small_config, tmp_path):

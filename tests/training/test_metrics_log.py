@@ -1,11 +1,13 @@
 """metrics.jsonl and TensorBoard events: what is written, and what a resumed run takes back."""
 
+import contextlib
 import json
 import math
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from dsnet_jax.errors import InputError
 from dsnet_jax.training.metrics_log import MetricsLog
 
 
@@ -46,6 +48,23 @@ def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
     log.write(1, {"loss": 0.5})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
     log.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tensorboardX leaves its file open.
+def test_a_full_disk_is_told_in_one_line_when_a_line_is_written_and_when_a_run_begins(tmp_path, files_of_at_most):
+    log = MetricsLog(tmp_path, 0)
+    with (
+        files_of_at_most(300),
+        pytest.raises(InputError, match=r"metrics\.jsonl cannot be written \(File too large\): make room, then"),
+        contextlib.closing(log),
+    ):
+        for step in range(1000):
+            log.write(step, {"loss": 0.5})
+    with (
+        files_of_at_most(10),
+        pytest.raises(InputError, match=r"metrics\.jsonl cannot be written \(File too large\): make room, then"),
+    ):
+        MetricsLog(tmp_path, 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

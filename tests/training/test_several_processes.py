@@ -141,6 +141,9 @@ def test_what_one_process_cannot_use_ends_both_with_its_message(data, config_fil
     bad = start(tmp_path / "other.json", tmp_path / "two", 1, port)
     outputs = [process.communicate(timeout=120) for process in (good, bad)]
     assert [process.returncode for process in (good, bad)] == [1, 1], outputs
-    message = {"none": "data set 'rooms' is not prepared", "others": "rooms is not the same in all processes"}[data]
+    message = {
+        "none": "data set 'rooms' is not prepared",
+        "others": "rooms, split train is not the same in all processes",
+    }[data]
     assert message in outputs[0][1] and message in outputs[1][1]
     assert not (tmp_path / "two" / "checkpoints").exists()
