@@ -4,9 +4,10 @@
     dsnet train --config=configs/camvid_dsnet_r18.py --workdir=runs/camvid_dsnet_r18
     dsnet evaluate --workdir=runs/camvid_dsnet_r18
 
-Protocol: images halved; crops of 176x240 after a random scale of the halved image in [0.5, 2] and a random flip; 40
-epochs of 45 batches of 8; SGD, one learning rate of 0.05 for all parts, poly schedule. Scores are taken at 360x480 on
-the 101 validation images, 11 classes. The result and those of the PyTorch stacks stand in docs/results.md.
+Protocol: images halved, in evaluation; in training resampled once, by a half times a random factor in [0.5, 2], then
+cropped to 176x240 and flipped at random; 40 epochs of 45 batches of 8; SGD, one learning rate of 0.05 for all parts,
+poly schedule. Scores are taken at 360x480 on the 101 validation images, 11 classes. The result and those of the PyTorch
+stacks stand in docs/results.md.
 """
 
 from dsnet_jax.config import default_config

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dsnet_jax.data.decoding import MAX_FILE_BYTES, read_file
+from dsnet_jax.data.decoding import MAX_FILE_BYTES, kind_of_path, names_in, read_file
 from dsnet_jax.errors import InputError
 
 MAX_MEMBERS = 500_000
@@ -54,12 +54,16 @@ class FolderSource:
         self.root = str(path)
 
     def has(self, path: str) -> bool:
-        """Whether there is a file or a folder of that path."""
-        return os.path.exists(path)
+        """Whether there is a file or a folder of that path; raises InputError if the system does not say."""
+        return kind_of_path(path) is not None
 
     def folders(self, parent: str) -> list[str]:
-        """Names of the folders in `parent`, hidden ones aside, sorted; none if there is no such folder."""
-        return sorted(path.name for path in Path(parent).glob("[!.]*") if path.is_dir())
+        """Names of the folders in `parent`, hidden ones aside, sorted; none if there is no such folder.
+
+        Raises InputError if it cannot be read.
+        """
+        names = [name for name in names_in(parent) if not name.startswith(".")]
+        return sorted(name for name in names if kind_of_path(f"{parent}/{name}") == "folder")
 
     def files(self, folder: str) -> list[str]:
         """Paths of all files below `folder`, in linked folders too, sorted; none if there is no such folder.
@@ -73,13 +77,9 @@ class FolderSource:
         """`above`: where the folders in which this one lies are, all links followed."""
         if (place := os.path.realpath(folder)) in above:
             raise InputError(f"{folder}: a link leads here again and again: remove it")
-        try:
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
-        for path in (f"{folder}/{name}" for name in names):
+        for path in (f"{folder}/{name}" for name in names_in(folder)):
             _check_printable(self.root, path)
-            yield from self._files(path, (*above, place)) if os.path.isdir(path) else [path]
+            yield from self._files(path, (*above, place)) if kind_of_path(path) == "folder" else [path]
 
     def read(self, path: str) -> bytes:
         """A file's content; raises InputError as `decoding.read_file` does."""
@@ -146,7 +146,7 @@ def open_source(path: Path, spool_folder: Path) -> Iterator[Source]:
         absolute path or one with `..`, a name that is not UTF-8 or has control characters, a name that occurs twice,
         encryption; or there is too much of it: more than `MAX_MEMBERS`, `MAX_BYTES`, `MAX_RATIO`.
     """
-    if path.is_dir():
+    if kind_of_path(path) == "folder":
         yield FolderSource(path)
         return
     with contextlib.ExitStack() as stack:
@@ -158,8 +158,8 @@ def open_source(path: Path, spool_folder: Path) -> Iterator[Source]:
 
 
 def _open_archive(path: Path, spool_folder: Path, stack: contextlib.ExitStack) -> "_Tar | _Zip":
-    if not path.is_file():
-        raise InputError(f"{path}: {'neither a folder nor a file' if path.exists() else 'no such folder or file'}")
+    if (kind := kind_of_path(path)) != "file":
+        raise InputError(f"{path}: {'neither a folder nor a file' if kind else 'no such folder or file'}")
     file = stack.enter_context(_LimitedFile(path))
     start = os.pread(file.fileno(), 4, 0)
     if start in (b"PK\x03\x04", b"PK\x05\x06"):  # The second is that of an empty one.

@@ -13,6 +13,7 @@ Masks are stricter, see `decode_mask`.
 """
 
 import contextlib
+import errno
 import os
 import stat
 import struct
@@ -25,7 +26,7 @@ import numpy as np
 from imagecodecs import SpngError, spng_decode
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from dsnet_jax.data.specs import Colour, hex_colour
+from dsnet_jax.data.specs import IGNORE_LABEL, Colour, hex_colour
 from dsnet_jax.errors import InputError
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -69,6 +70,33 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def kind_of_path(path: str | os.PathLike) -> str | None:
+    """What lies at a path: "file", "folder", or "other" for a pipe or a device; None if nothing does.
+
+    Raises:
+      InputError: the system does not say: a folder above it may not be entered, for instance.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # A link that leads nowhere, or to itself, too.
+            return None
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def names_in(folder: str) -> list[str]:
+    """Names of what lies in a folder, in any order; none if there is no such folder.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+        return os.listdir(folder) if kind_of_path(folder) == "folder" else []
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or BMP file.
 
@@ -98,8 +126,10 @@ def decode_mask(
 ) -> np.ndarray:
     """Decodes a label mask: a PNG file whose values are labels.
 
-    Palette and 8-bit grey masks are read as indices; a palette's colours do not matter. An 8-bit RGB mask is read by
-    `labels_of_colours`, and refused without. Everything else is refused, because a conversion would invent labels.
+    Palette and 8-bit grey masks are read as indices. A palette's colours do not matter, unless all that are used are in
+    `labels_of_colours` and say something else: programs that make files smaller turn RGB masks into palette masks, each
+    with an order of its own. An 8-bit RGB mask is read by `labels_of_colours`, and refused without. Everything else is
+    refused, because a conversion would invent labels.
 
     Args:
       data: the file's content.
@@ -111,7 +141,8 @@ def decode_mask(
       uint8 [H, W].
 
     Raises:
-      InputError: another format or mode, damaged, too large, or a colour without label.
+      InputError: another format or mode, damaged, too large, a colour without label, or a palette that contradicts
+        `labels_of_colours`.
     """
     _check_file(data, name, max_pixels)
     if not data.startswith(_PNG):
@@ -123,7 +154,10 @@ def decode_mask(
         return _labels_by_colour(_decode(data, cv2.IMREAD_COLOR_RGB, name), labels_of_colours, name)
     if kind == "palette":
         _decode(data, cv2.IMREAD_COLOR_RGB, name)  # Notices missing rows; Pillow takes them for zeros.
-        return np.array(_open_header(data, name))
+        indices = np.array(_open_header(data, name))
+        if labels_of_colours is not None:
+            _check_palette(indices, read_palette(data, name), labels_of_colours, name)
+        return indices
     remedy = "store class numbers as 8-bit grey or palette PNG"
     if kind == "RGB":
         remedy += ", or give every class its colour in the class list of a `folder` data set"
@@ -220,6 +254,25 @@ def _decode(data: bytes, mode: int, name: str) -> np.ndarray:
     if pixels is None:
         raise InputError(f"{name}: damaged, it cannot be decoded: replace it")
     return pixels
+
+
+def _check_palette(indices: np.ndarray, palette: np.ndarray, labels_of_colours: Mapping[Colour, int], name: str):
+    """Refuses indices [H, W] where `palette` [N, 3] has declared colours alone, and not those of the indices."""
+    used = np.flatnonzero(np.bincount(indices.reshape(-1))).tolist()
+    if used[-1] >= len(palette):
+        return
+    labels = {index: labels_of_colours.get(tuple(palette[index].tolist())) for index in used}
+    if None in labels.values():
+        return
+    for index, label in labels.items():
+        # An index that is no class may have the colour of what is ignored: the class list may ignore it by value too.
+        is_no_class = label == IGNORE_LABEL and index not in labels_of_colours.values()
+        if index != label and not is_no_class:
+            meaning = "to be ignored" if label == IGNORE_LABEL else f"label {label}"
+            raise InputError(
+                f"{name}: index {index} has the colour {hex_colour(palette[index])} in the palette, which is {meaning} "
+                "in the class list: store the mask as RGB, or indices in the order of the class list"
+            )
 
 
 def _labels_by_colour(pixels: np.ndarray, labels_of_colours: Mapping[Colour, int], name: str) -> np.ndarray:

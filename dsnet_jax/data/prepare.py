@@ -18,7 +18,7 @@ from dsnet_jax.data.builders import Camvid, Folder, PublishedBuilder, Segmentati
 from dsnet_jax.data.builders.ade20k import Ade20k
 from dsnet_jax.data.builders.pascal_context import PascalContext, PascalContext60
 from dsnet_jax.data.builders.voc2012 import Voc2012
-from dsnet_jax.data.decoding import MAX_PIXELS
+from dsnet_jax.data.decoding import MAX_PIXELS, kind_of_path
 from dsnet_jax.data.published import PublishedSource
 from dsnet_jax.data.records import VERSION, open_builder
 from dsnet_jax.data.specs import IGNORE_LABEL, DatasetSpec
@@ -72,7 +72,7 @@ def prepare(
     name = _checked_name(dataset, sources, name)
     target = Path(root) / name
     problems_file = target.with_name(f"{name}-problems.txt")
-    if target.exists() and not (target / VERSION / "dataset_info.json").exists():
+    if kind_of_path(target) and not kind_of_path(target / VERSION / "dataset_info.json"):
         raise InputError(f"{target}: exists, and is not a data set of this version: move it away, or change --root")
     new_builder = functools.partial(Folder, name) if dataset == "folder" else _BUILDERS[dataset]
     is_published = dataset != "folder" and issubclass(new_builder, PublishedBuilder)
@@ -89,6 +89,7 @@ def prepare(
             files = PublishedSource(sources, workspace, stack, accept_repacked)
         elif sources:
             files = stack.enter_context(open_source(Path(sources[0]), workspace))
+        stack.enter_context(_adding_what_was_passed_over(files))
         builder = new_builder(files, workspace, problems_file, skip_bad, max_pixels)
         problems_file.unlink(missing_ok=True)  # Of an earlier run.
         splits = builder.checked_splits
@@ -102,9 +103,27 @@ def prepare(
         else:
             _write(builder, target, workspace)
             print(f"{name} is prepared in {target}")
-        if files and files.passed_over:
-            print(f"{len(files.passed_over)} members that are no files were not read: {_first(files.passed_over)}")
+        if passed_over := _describe_passed_over(files):
+            print("\n".join(passed_over))
     print("\n".join([*builder.notes, describe(builder.spec, splits, builder.composed_splits)]))
+
+
+@contextlib.contextmanager
+def _adding_what_was_passed_over(files: Source | PublishedSource | None) -> Iterator[None]:
+    """Within, what was not read is added to an InputError: a linked file is a missing one to all that comes after."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError("\n".join([str(error), *_describe_passed_over(files)]), error.exit_code) from error
+
+
+def _describe_passed_over(files: Source | PublishedSource | None) -> list[str]:
+    lines = []
+    if files and files.passed_over:
+        lines.append(f"{len(files.passed_over)} members that are no files were not read: {_first(files.passed_over)}")
+    if isinstance(files, PublishedSource) and files.unread:
+        lines.append(f"{len(files.unread)} folders could not be searched: {_first(files.unread)}")
+    return lines
 
 
 def _checked_name(dataset: str, sources: list[str], name: str | None) -> str:

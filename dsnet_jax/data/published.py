@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsnet_jax.data.archives import ArchiveSource, FolderSource, Source, open_source
+from dsnet_jax.data.decoding import kind_of_path
 from dsnet_jax.errors import InputError
 
 SEARCH_DEPTH = 3  # Folders below the one that was given, as in voc/VOCtrainval_11-May-2012/VOCdevkit/VOC2012.
@@ -61,13 +62,19 @@ class PublishedSource:
         self._paths = [Path(path) for path in paths]
         self._spool_folder, self._stack, self._accept_repacked = spool_folder, stack, accept_repacked
         self._opened: dict[Path, Source] = {}
-        if missing := [path for path in self._paths if not path.exists()]:
+        self._unread: dict[str, str] = {}
+        if missing := [path for path in self._paths if kind_of_path(path) is None]:
             raise InputError(f"{missing[0]}: no such folder or file")
 
     @property
     def passed_over(self) -> list[str]:
         """Members of the archives that are neither files nor folders."""
         return [member for source in self._opened.values() for member in source.passed_over]
+
+    @property
+    def unread(self) -> list[str]:
+        """Why folders could not be searched, one line each."""
+        return list(self._unread.values())
 
     def find(self, piece: Piece) -> str | None:
         """Path of the folder that holds a piece, or of the single file that is one; None if it is not there.
@@ -78,8 +85,9 @@ class PublishedSource:
         Raises:
           InputError: it is in a folder twice, it cannot be read, or its checksum is not the published one.
         """
-        folders = [path for path in self._paths if path.is_dir()]
-        published = [folder / name for folder in folders for name in piece.files if (folder / name).is_file()]
+        folders = [path for path in self._paths if kind_of_path(path) == "folder"]
+        archives = [folder / name for folder in folders for name in piece.files]
+        published = [path for path in archives if kind_of_path(path) == "file"]
         for path in dict.fromkeys(self._paths + published):
             found = self._find_in(path, piece)
             if len(found) > 1:
@@ -92,13 +100,42 @@ class PublishedSource:
 
     def _find_in(self, path: Path, piece: Piece) -> list[str]:
         """As `find`, for one path; of several places those that are nearest to it."""
-        if path.is_dir():
-            folders = _search(FolderSource(path), path, piece)
+        if kind_of_path(path) == "folder":
+            folders = self._search(FolderSource(path), path, piece)
             return folders if piece.is_archive else [f"{folder}/{piece.inside[0]}" for folder in folders]
         is_archive = path.suffix.lower() != ".json"
         if is_archive != piece.is_archive:
             return []
-        return _search(self._open(path), path, piece) if is_archive else [str(path)]
+        return self._search(self._open(path), path, piece) if is_archive else [str(path)]
+
+    def _search(self, source: Source, path: Path, piece: Piece) -> list[str]:
+        """Paths of the folders that hold `piece`, of those that are nearest to `path`."""
+
+        def holding(folder: str) -> list[str]:
+            return [folder] if all(source.has(f"{folder}/{inside}") for inside in piece.inside) else []
+
+        def below(folder: str) -> list[str]:
+            return [f"{folder}/{name}" for name in source.folders(folder)]
+
+        def try_all(look: Callable[[str], list[str]], folders: list[str]) -> list[str]:
+            found = []
+            for folder in folders:
+                try:
+                    found += look(folder)
+                except InputError as error:
+                    if folder == str(path):
+                        raise
+                    self._unread.setdefault(folder, str(error))  # A disk's lost+found, say: the data may lie beside it.
+            return found
+
+        if path.name == piece.inside[0].split("/")[0] and kind_of_path(path) == "folder" and holding(str(path.parent)):
+            return [str(path.parent)]  # VOC2012/ itself was given.
+        level = [str(path)]
+        for _ in range(SEARCH_DEPTH + 1):
+            if found := try_all(holding, level):
+                return found
+            level = try_all(below, level)
+        return []
 
     def _open(self, path: Path) -> Source:
         if path not in self._opened:
@@ -107,7 +144,7 @@ class PublishedSource:
 
     def _compare(self, path: Path, piece: Piece) -> str:
         """What to say of a file's checksum; nothing for a folder."""
-        if path.is_dir():
+        if kind_of_path(path) == "folder":
             return ""
         known = [checksum.split(":") for checksum in piece.files.values() if checksum]
         if not known:
@@ -143,19 +180,3 @@ class PublishedSource:
     def read(self, path: str) -> bytes:
         """As `FolderSource.read`."""
         return self._of(path).read(path)
-
-
-def _search(source: Source, path: Path, piece: Piece) -> list[str]:
-    """Paths of the folders that hold `piece`, of those that are nearest to `path`."""
-
-    def holds(folder: str) -> bool:
-        return all(source.has(f"{folder}/{inside}") for inside in piece.inside)
-
-    if path.is_dir() and path.name == piece.inside[0].split("/")[0] and holds(str(path.parent)):
-        return [str(path.parent)]  # VOC2012/ itself was given.
-    level = [str(path)]
-    for _ in range(SEARCH_DEPTH + 1):
-        if found := [folder for folder in level if holds(folder)]:
-            return found
-        level = [f"{folder}/{name}" for folder in level for name in source.folders(folder)]
-    return []

@@ -161,7 +161,7 @@ def parse_class_list(data: bytes, path: str, name: str) -> ClassList:
       InputError: the file cannot be understood, or contradicts itself.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = _decode_text(data)
         names, colours, ignored = (_parse_json if path.endswith(".json") else _parse_lines)(text)
         if colours and len(colours) != len(names):
             raise ValueError(f"{len(colours)} of {len(names)} classes have a colour: give one to all or to none")
@@ -172,6 +172,15 @@ def parse_class_list(data: bytes, path: str, name: str) -> ClassList:
         return ClassList(spec, values, _labels_of_colours(colours, set(ignored) - set(values)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _decode_text(data: bytes) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:  # Without a mark, its Latin letters are UTF-8 too.
+        raise ValueError("in UTF-16, or no text: save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8: save it as UTF-8") from error
 
 
 def _labels_of_colours(palette: tuple[Colour, ...], ignored: set[Colour]) -> dict[Colour, int] | None:
@@ -208,8 +217,11 @@ def _parse_json(text: str) -> tuple[tuple[str, ...], tuple[Colour, ...], list[in
         raise ValueError('wants {"class_names": ["road", ...]}')
     if unknown := set(content) - {"class_names", "palette", "ignore", "name"}:
         raise ValueError(f"knows class_names, palette and ignore, not {sorted(unknown)[0]!r}")
+    names = content["class_names"]
+    if strange := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"class_names has {json.dumps(strange[0]):.50}, which is no string: write names in quotes")
     try:
-        names, palette = map(str, content["class_names"]), map(tuple, content.get("palette", ()))
+        palette = map(tuple, content.get("palette", ()))
         return tuple(names), tuple(palette), [_value_or_colour(value) for value in content.get("ignore", ())]
     except TypeError as error:
         raise ValueError('wants lists: "palette": [[128, 64, 128], ...], "ignore": [254, "#e0e0c0"]') from error

@@ -100,18 +100,33 @@ def find_pairs(source: Source, image_folder: str, mask_folder: str | None) -> Fo
     images, others = _files_by_id(source, image_folder)
     masks, other_masks = _files_by_id(source, mask_folder) if mask_folder else ({}, [])
     pairs, problems = [], []
+    unread_images, unread_masks = _by_id(others, image_folder), _by_id(other_masks, mask_folder)
     for id_ in sorted(images | masks):
         image, mask = images.get(id_, []), masks.get(id_, [])
         if len(image) > 1 or len(mask) > 1:
             files = ", ".join(image if len(image) > 1 else mask)
             problems.append(f"{id_}: {max(len(image), len(mask))} files of one name, keep one: {files}")
         elif not image:
-            problems.append(f"{mask[0]}: a mask without an image: there is no {image_folder}/{id_}.*")
+            missing = _describe_missing(f"{image_folder}/{id_}.*", unread_images.get(id_))
+            problems.append(f"{mask[0]}: a mask without an image: {missing}")
         elif mask_folder and not mask:
-            problems.append(f"{image[0]}: an image without a mask: there is no {mask_folder}/{id_}.png")
+            missing = _describe_missing(f"{mask_folder}/{id_}.png", unread_masks.get(id_))
+            problems.append(f"{image[0]}: an image without a mask: {missing}")
         else:
             pairs.append(Pair(id_, image[0], mask[0] if mask else None))
     return FoundSplit(pairs, problems, others + other_masks)
+
+
+def _by_id(others: list[str], folder: str | None) -> dict[str, str]:
+    paths = {path: PurePosixPath(path).relative_to(folder) for path in others}
+    return {str(inside.with_suffix("")): path for path, inside in paths.items() if inside.suffix}
+
+
+def _describe_missing(wanted: str, unread: str | None) -> str:
+    """`unread`: a file of that name, and of an ending that is not read."""
+    if unread is None:
+        return f"there is no {wanted}"
+    return f"{unread} is there, and {PurePosixPath(unread).suffix} is not read: convert it"
 
 
 def _files_by_id(source: Source, folder: str) -> tuple[dict[str, list[str]], list[str]]:
@@ -176,6 +191,11 @@ def check_splits(
         raise InputError("\n".join([message, *list_problems(problems, problems_file, strange)]))
     if empty := [split for split, checked in splits.items() if not checked.pairs]:
         message = f"split {empty[0]} is empty: of {len(results[empty[0]])} images that were found none can be used"
+        if others := splits[empty[0]].other_files:
+            read = " ".join(IMAGE_EXTENSIONS)
+            message += (
+                f"; {len(others)} other files were not read, such as {others[0]}: convert images to one of {read}"
+            )
         raise InputError("\n".join([message, *list_problems(problems, problems_file)]))
     return splits
 

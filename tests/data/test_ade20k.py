@@ -135,6 +135,11 @@ def converted_masks_without_unlabelled_pixels(root):
         save(path, np.maximum(np.array(Image.open(path)), 1) - np.uint8(1))
 
 
+def converted_masks_of_val_alone(root):
+    for path in (root / "annotations" / "validation").rglob("*.png"):
+        save(path, np.maximum(np.array(Image.open(path)), 1) - np.uint8(1))
+
+
 def a_renamed_mask(root):
     path = root / "annotations" / "training" / "ADE_train_00000002.png"
     path.rename(path.with_name("ADE_train_00000022.png"))
@@ -179,6 +184,7 @@ REFUSED = {
     alphabetical_classes: "objectInfo150.txt: class 1 is airplane/another airplane, not wall",
     classes_cut_short: "objectInfo150.txt: 149 classes, not 150",
     converted_masks_without_unlabelled_pixels: "no mask of train has the value 150, .*: somebody has converted them",
+    converted_masks_of_val_alone: "no mask of val has the value 150, .*: somebody has converted them",
     a_renamed_mask: r"(?s)/ADE_train_00000002.jpg: an image without .*/ADE_train_00000022.png: a mask without an image",
     another_s_test_set: "testing/image_2/000000.png: no image of SceneParse150's test, such as ADE_test_00000001",
     another_name: "ADE_train_00000002.jpg: no image of SceneParse150's val, such as ADE_val_00000001",

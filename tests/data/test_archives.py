@@ -96,6 +96,58 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkey
         FolderSource(tmp_path).files(f"{tmp_path}/images")
 
 
+@pytest.fixture
+def closed(monkeypatch):
+    """Called with a folder, makes the system refuse to tell of what is in it, as it does anybody but root."""
+    stat, listdir = os.stat, os.listdir
+
+    def close(folder):
+        def refuse(path, *args, **options):
+            if str(path).startswith(f"{folder}/"):
+                raise PermissionError(13, "Permission denied")
+            return stat(path, *args, **options)
+
+        def refuse_to_list(path):
+            if str(path).startswith(str(folder)):
+                raise PermissionError(13, "Permission denied")
+            return listdir(path)
+
+        monkeypatch.setattr(os, "stat", refuse)
+        monkeypatch.setattr(os, "listdir", refuse_to_list)
+
+    return close
+
+
+def test_what_is_in_a_folder_that_may_not_be_entered_is_not_taken_for_missing(tmp_path, closed):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    source = FolderSource(tmp_path / "data")
+    closed(tmp_path / "data" / "images")
+    with pytest.raises(InputError, match="data/images/train: cannot be read: Permission denied"):
+        source.has(f"{source.root}/images/train")
+    for look in source.folders, source.files:
+        with pytest.raises(InputError, match="data/images: cannot be read: Permission denied"):
+            look(f"{source.root}/images")
+    assert source.folders(source.root) == ["images"] and not source.has(f"{source.root}/masks")
+
+
+def test_links_that_lead_nowhere_or_to_themselves_are_missing_files(tmp_path):
+    for name, target in ("nowhere", "gone"), ("itself", "itself"):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    source = FolderSource(tmp_path)
+    assert not source.has(f"{tmp_path}/nowhere") and not source.has(f"{tmp_path}/itself")
+    assert source.folders(source.root) == []
+    for path in source.files(source.root):
+        with pytest.raises(InputError, match=r"(nowhere|itself): cannot be read: "):
+            source.read(path)
+
+
+@pytest.mark.parametrize("name", ["data", "data.zip"])
+def test_a_source_behind_a_folder_that_may_not_be_entered_is_an_error_that_names_it(tmp_path, closed, name):
+    closed(tmp_path / "private")
+    with pytest.raises(InputError, match=f"private/{name}: cannot be read: Permission denied"):
+        prepare("camvid", str(tmp_path / "private" / name), str(tmp_path / "root"))
+
+
 def refusal(opened, data):
     """The message with which an archive is refused; it is one line and names the archive."""
     with pytest.raises(InputError) as error:
@@ -303,6 +355,25 @@ def test_links_and_devices_are_passed_over_and_told(opened, tmp_path, capsys):
     assert len(source.files(source.root)) == 4
     prepare("camvid", str(tmp_path / "archive"), str(tmp_path / "root"))
     assert "5 members that are no files were not read: " in capsys.readouterr().out
+
+
+def test_links_that_were_passed_over_are_told_beside_the_problems_that_they_cause(tmp_path):
+    file = io.BytesIO(tar_of(FILES, mode="w"))
+    with tarfile.open(fileobj=file, mode="a") as tar:
+        tar.addfile(special("train/2.png", tarfile.SYMTYPE, "/data/2.png"))
+        tar.addfile(special("trainannot/3.png", tarfile.LNKTYPE, "trainannot/0.png"))
+    (tmp_path / "archive").write_bytes(file.getvalue())
+    for missing in "trainannot/2.png", "train/3.png":
+        with tarfile.open(tmp_path / "archive", mode="a") as tar:
+            member = tarfile.TarInfo(missing)
+            member.size = len(PNG)
+            tar.addfile(member, io.BytesIO(PNG))
+    with pytest.raises(InputError) as error:
+        prepare("camvid", str(tmp_path / "archive"), str(tmp_path / "root"))
+    first, *others, last = str(error.value).splitlines()
+    assert first.startswith("problems: 2, ") and len(others) == 2
+    links = f"{tmp_path}/archive/train/2.png: a link to '/data/2.png', {tmp_path}/archive/trainannot/3.png: a link to "
+    assert last == f"2 members that are no files were not read: {links}'trainannot/0.png'"
 
 
 def test_a_link_in_a_zip_is_passed_over(opened):

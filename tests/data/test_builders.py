@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,48 @@ def test_ignored_values_and_colours_become_255(source, tmp_path):
     for index in (1, 2):
         wanted = np.where(labels_of(index) == 2, 255, labels_of(index))
         np.testing.assert_array_equal(decode_mask(split[index].label, "a"), wanted)
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_black_and_white_masks_whose_white_would_be_ignored_are_refused(source, tmp_path, split, mode):
+    save(source / "images" / "val" / "a.png", image_of(1))
+    save(source / "masks" / "val" / "a.png", labels_of(1))
+    for path in (source / "masks" / split).iterdir():
+        values = np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8)
+        Image.fromarray(values).convert(mode).save(path)
+    assert np.unique(Image.open(path)).tolist() == [0, 255]
+    with pytest.raises(InputError) as error:
+        prepared(source, tmp_path / "root")
+    assert re.fullmatch(
+        rf"{source}/masks/{split}/\w\.png: the masks of {split} hold 0 and 255 alone, and 255 is always ignored, so no "
+        "pixel is car: store class numbers, 1 for the second class",
+        str(error.value),
+    )
+
+
+WHITE = np.array([(128, 64, 128), (255, 255, 255)], np.uint8)  # road, and what is ignored by its colour.
+
+
+@pytest.mark.parametrize(
+    ("classes", "change"),
+    [
+        ("road\ncar\ntree", lambda labels: np.where(labels == 2, 255, 0) + (labels == 1)),  # No tree.
+        ("road\ncar\ntree", lambda labels: np.where(labels == 2, 255, 2)),
+        ("road\ncar", lambda labels: 0 * labels),
+        ("road", lambda labels: np.where(labels == 2, 255, 0)),
+        ("road\ncar\nignore 9", lambda labels: np.where(labels == 2, 9, 0)),
+        ("road #804080\ncar #0000ff\nignore #ffffff", lambda labels: WHITE[(labels == 2).astype(int)]),
+    ],
+    ids=["a third class is absent", "one class and ignored", "one class", "a single class", "a value", "a colour"],
+)
+def test_a_class_that_does_not_occur_is_no_fault_of_masks_that_are_not_black_and_white(
+    source, tmp_path, classes, change
+):
+    (source / "classes.txt").write_text(classes)
+    for index in range(3):
+        save(source / "masks" / "train" / f"{index}.png", change(labels_of(index)).astype(np.uint8))
+    assert len(prepared(source, tmp_path / "root")) == 3
 
 
 def test_the_split_called_test_may_lack_masks_and_no_other_may(source, tmp_path):

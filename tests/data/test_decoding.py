@@ -314,10 +314,41 @@ def test_rgb_masks_are_read_by_their_declared_colours():
     np.testing.assert_array_equal(decoded, wanted)
 
 
-def test_declared_colours_leave_grey_and_palette_masks_as_they_are():
-    values = np.array([[0, 1, 2]], np.uint8)
-    for data in encode(values), encode(palette_image(values, list(COLOURS))):
+IN_ORDER = [(128, 64, 128), (0, 0, 1), (255, 255, 255)]  # The colours of labels 0, 1 and 2.
+
+
+@pytest.mark.parametrize(
+    ("indices", "palette"),
+    [
+        ([0, 1, 2], IN_ORDER),
+        ([0, 1, 2], [IN_ORDER[2], IN_ORDER[0], (7, 7, 7)]),  # One is not declared, so the palette says nothing.
+        ([0, 2], [IN_ORDER[0], IN_ORDER[0], IN_ORDER[2]]),  # What no pixel has does not matter.
+        ([0, 3], [*IN_ORDER, (0, 0, 0)]),  # 3 is no class, and may be ignored by its value.
+        ([0, 255], [IN_ORDER[0]] + 255 * [(0, 0, 0)]),
+    ],
+)
+def test_declared_colours_leave_grey_masks_and_palettes_that_do_not_contradict_as_they_are(indices, palette):
+    values = np.array([indices], np.uint8)
+    for data in encode(values), encode(palette_image(values, palette)):
         np.testing.assert_array_equal(decode_mask(data, "a", COLOURS), values)
+
+
+@pytest.mark.parametrize(
+    ("indices", "palette", "message"),
+    [
+        ([0, 1], [IN_ORDER[2], IN_ORDER[0]], "index 0 has the colour #ffffff in the palette, which is label 2"),
+        ([0, 1], [IN_ORDER[0], (0, 0, 0)], "index 1 has the colour #000000 in the palette, which is to be ignored"),
+        ([0, 3], [*IN_ORDER, IN_ORDER[1]], "index 3 has the colour #000001 in the palette, which is label 1"),
+        ([0, 255], [IN_ORDER[0]] + 255 * [IN_ORDER[1]], "index 255 has the colour #000001 in the palette, which is l"),
+    ],
+)
+def test_a_palette_of_declared_colours_that_contradicts_the_indices_is_refused(indices, palette, message):
+    data = encode(palette_image([indices], palette))
+    with pytest.raises(InputError) as error:
+        decode_mask(data, "masks/7.png", COLOURS)
+    assert str(error.value).startswith(f"masks/7.png: {message}")
+    assert str(error.value).endswith("store the mask as RGB, or indices in the order of the class list")
+    np.testing.assert_array_equal(decode_mask(data, "masks/7.png"), [indices])
 
 
 def test_an_undeclared_colour_is_refused_with_its_value_and_count():

@@ -412,6 +412,19 @@ def test_a_root_that_cannot_be_made_is_an_error_with_its_name(source):
         prepare_town(source, source / "classes.txt")
 
 
+def test_a_root_that_may_not_be_entered_is_an_error_with_its_name(root, monkeypatch):
+    stat = os.stat
+
+    def refuse(path, *args, **options):
+        if str(path).startswith(f"{root}/"):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(InputError, match="datasets/shapes: cannot be read: Permission denied"):
+        prepare("shapes", None, str(root))
+
+
 def test_a_source_that_is_neither_a_folder_nor_an_archive_is_refused(source, root):
     with pytest.raises(InputError, match="nowhere: no such folder or file"):
         prepare_town(source / "nowhere", root)

@@ -1,5 +1,6 @@
 import contextlib
 import hashlib
+import os
 import tarfile
 import zipfile
 
@@ -152,6 +153,42 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path, open_pat
     monkeypatch.setattr(published_module, "open", refuse, raising=False)
     with pytest.raises(InputError, match=r"notes\.json: cannot be read: Permission denied"):
         open_paths(tmp_path).find(Piece("notes", ("notes.json",), {"notes.json": "sha1:0"}, is_archive=False))
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Called with a folder, makes the system refuse to tell of what is in it, as it does anybody but root."""
+    stat = os.stat
+
+    def close(folder):
+        def refuse(path, *args, **options):
+            if str(path).startswith(f"{folder}/"):
+                raise PermissionError(13, "Permission denied")
+            return stat(path, *args, **options)
+
+        monkeypatch.setattr(os, "stat", refuse)
+
+    return close
+
+
+def test_a_path_that_may_not_be_looked_at_is_an_error_that_names_it(tmp_path, open_paths, closed):
+    write(tmp_path / "private" / "data")
+    closed(tmp_path / "private")
+    with pytest.raises(InputError, match="private/data: cannot be read: Permission denied"):
+        open_paths(tmp_path / "private" / "data")
+    with pytest.raises(InputError, match=r"private/\S+: cannot be read: Permission denied"):
+        open_paths(tmp_path / "private").find(PHOTOS)
+
+
+def test_a_folder_that_may_not_be_entered_does_not_hide_the_data_beside_it_and_is_told(tmp_path, open_paths, closed):
+    write(tmp_path / "data" / "mine")
+    (tmp_path / "data" / "lost+found").mkdir()
+    closed(tmp_path / "data" / "lost+found")
+    source = open_paths(tmp_path / "data")
+    assert source.find(PHOTOS) == f"{tmp_path}/data/mine"
+    assert source.unread == [f"{tmp_path}/data/lost+found/Kit/list.txt: cannot be read: Permission denied"]
+    with pytest.raises(InputError, match=r"not found: .*\n1 folders could not be searched: .*/lost\+found/"):
+        prepare("voc2012", str(tmp_path / "data"), str(tmp_path / "root"))
 
 
 def test_an_archive_that_is_refused_is_refused_here_too(tmp_path, open_paths):

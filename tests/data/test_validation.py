@@ -189,6 +189,26 @@ def extra_mask(data):
     return data / "masks" / "1.png", f"a mask without an image: there is no {data / 'images' / '1'}.*"
 
 
+def image_of_another_format(data):
+    path = data / "images" / "1.png"
+    path.rename(path.with_suffix(".tif"))
+    cause = f"a mask without an image: {path.with_suffix('.tif')} is there, and .tif is not read: convert it"
+    return data / "masks" / "1.png", cause
+
+
+def mask_of_another_format(data):
+    path = data / "masks" / "1.png"
+    path.rename(path.with_suffix(".gif"))
+    cause = f"an image without a mask: {path.with_suffix('.gif')} is there, and .gif is not read: convert it"
+    return data / "images" / "1.png", cause
+
+
+def file_without_ending(data):
+    path = data / "images" / "1.png"
+    path.rename(path.with_suffix(""))
+    return data / "masks" / "1.png", f"a mask without an image: there is no {data / 'images' / '1'}.*"
+
+
 def duplicate_image(data):
     save(data / "images" / "1.jpg", random_image(1))
     return "1", f"2 files of one name, keep one: {data / 'images' / '1.jpg'}, {data / 'images' / '1.png'}"
@@ -201,6 +221,7 @@ def duplicate_mask(data):
 
 FAULTS = [cut_image, cut_jpeg, text_as_image, cut_mask, rgb_mask, strange_label, other_size]
 FAULTS += [missing_mask, extra_mask, duplicate_image, duplicate_mask]
+FAULTS += [image_of_another_format, mask_of_another_format, file_without_ending]
 
 
 @pytest.mark.parametrize("spoil", FAULTS)
@@ -279,6 +300,17 @@ def test_an_empty_split_is_an_error_even_when_problems_may_be_left_out(data):
         path.unlink()
     first, others = problems_of(data)
     assert first == "split train is empty: of 0 images that were found none can be used"
+
+
+def test_a_split_of_other_files_alone_is_empty_and_one_of_them_and_what_is_read_are_told(data):
+    for path in data.glob("*/*.png"):
+        path.rename(path.with_suffix(".tif"))
+    first, others = problems_of(data)
+    assert first == (
+        "split train is empty: of 0 images that were found none can be used; 8 other files were not read, such as "
+        f"{data / 'images' / '0.tif'}: convert images to one of .bmp .jpeg .jpg .png .webp"
+    )
+    assert others == []
 
 
 def test_images_that_ask_for_a_rotation_are_counted(data):

@@ -366,6 +366,16 @@ def test_what_is_not_as_it_was_published_is_refused(source, root, spoil, message
     assert list(root.iterdir()) == []
 
 
+def test_a_split_list_may_have_the_line_ends_of_windows_and_a_byte_order_mark_is_refused_by_name(source, root):
+    path = source / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+    lines = path.read_bytes().replace(b"\n", b"\r\n")
+    path.write_bytes(lines)
+    assert {record.id for record in prepared(source, root)("train")} == set(TRAIN)
+    path.write_bytes(b"\xef\xbb\xbf" + lines)
+    with pytest.raises(InputError, match=r"train\.txt: '.*' is no image of VOC, such as .*: download it again"):
+        prepared(source, root)
+
+
 @pytest.mark.parametrize("given", ["VOCdevkit", "VOCdevkit/VOC2012", "."])
 def test_any_folder_round_the_data_may_be_given(source, root, given, monkeypatch):
     monkeypatch.chdir(source)

@@ -282,6 +282,26 @@ class Folder(SegmentationBuilder, skip_registration=True):
             )
         return {split: _find(self.source, split, f"{root}/images/{split}", f"{root}/masks/{split}") for split in splits}
 
+    @functools.cached_property
+    def checked_splits(self) -> dict[str, CheckedSplit]:
+        """As `SegmentationBuilder` has them; black and white masks, whose white would be ignored, are an InputError."""
+        splits = super().checked_splits
+        for split, checked in splits.items():
+            if self.spec.num_classes == 1 or np.flatnonzero(checked.label_pixels).tolist() != [0, IGNORE_LABEL]:
+                continue
+            if white := next(filter(self._holds_255, checked.pairs), None):
+                raise InputError(
+                    f"{white.mask}: the masks of {split} hold 0 and 255 alone, and 255 is always ignored, so no pixel "
+                    f"is {self.spec.class_names[1]}: store class numbers, 1 for the second class"
+                )
+        return splits
+
+    def _holds_255(self, pair: Pair) -> bool:
+        """Whether a mask holds the very value, not another one or a colour that the class list ignores."""
+        data = self.source.read(pair.mask)
+        is_rgb = data[25:26] == b"\x02"
+        return not is_rgb and bool((decode_mask(data, pair.mask, max_pixels=self.max_pixels) == IGNORE_LABEL).any())
+
 
 def _find(source: Source, split: str, image_folder: str, mask_folder: str) -> FoundSplit:
     if source.has(mask_folder):
