@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dsnet: {error}", file=sys.stderr)
         return error.exit_code
     except Stopped as stopped:
-        print(f"dsnet: {stopped}; the same command goes on from what was saved", file=sys.stderr)
+        again = "goes on from what was saved" if arguments[:1] == ["train"] else "begins anew"
+        print(f"dsnet: {stopped}; the same command {again}", file=sys.stderr)
         return stopped.exit_code
     except BrokenPipeError:  # Whoever read our output has seen enough, as in `dsnet prepare shapes | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -302,8 +303,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     parallel.configure()
     flags = {"protocol": options.protocol, "config_flags": options.config_flags}
-    if options.max_pixels is not None:
-        flags["max_pixels"] = options.max_pixels
+    flags |= {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
     with out_of_memory_explained([SMALLER_IMAGES, WINDOWS]):
         return 1 if predict_files(options.workdir, options.step, options.inputs, options.output, **flags) else 0
 

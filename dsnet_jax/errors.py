@@ -25,7 +25,26 @@ def writing_into(folder: str | os.PathLike, otherwise: str) -> Iterator[None]:
       folder: what is written into.
       otherwise: what the user can do, as "give another --output".
     """
+    with reaching(folder, otherwise):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written ({error.strerror or error}): {otherwise}") from error
+
+
+@contextlib.contextmanager
+def reaching(path: str | os.PathLike, otherwise: str) -> Iterator[None]:
+    """Within, that the package which reaches an object store such as `gs://` is missing becomes an InputError.
+
+    Args:
+      path: what is reached; an ImportError where it is on this machine is somebody else's.
+      otherwise: what the user can do, as "give another --output".
+    """
     try:
         yield
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}): {otherwise}") from error
+    except ImportError as error:  # It is imported when a path there is first touched.
+        if "://" not in os.fspath(path):
+            raise
+        raise InputError(
+            f"{path} cannot be reached ({error}): pip install -e '.[gcs]' for gs://, or {otherwise}"
+        ) from error

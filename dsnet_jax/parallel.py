@@ -4,6 +4,7 @@ There is one mesh with one axis, `data`: batches are split over it, everything e
 is the same for one device and for a pod, for one process and for many.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -28,15 +29,25 @@ SLOW_SCATTER = ("0.10.2", "0.11.0")
 def configure() -> None:
     """Sets what must be set before the first computation: the compilation cache, kept across runs, memory, XLA's flags.
 
-    The user's own JAX_COMPILATION_CACHE_DIR wins.
+    The user's own JAX_COMPILATION_CACHE_DIR wins; a user without a home has no cache, which is said.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "dsnet_jax" / "xla"))
+        if caches := _users_caches():
+            jax.config.update("jax_compilation_cache_dir", str(caches / "dsnet_jax" / "xla"))
+        else:
+            logging.warning("compiled programs are not kept: there is no home, nor JAX_COMPILATION_CACHE_DIR")
     if _computes_on_cpu():
         _keep_freed_memory()
     elif any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
         quicken_scatter_on_cuda()
+
+
+def _users_caches() -> Path | None:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    with contextlib.suppress(RuntimeError):  # As in containers, for a user that the system does not know.
+        return Path.home() / ".cache"
+    return None
 
 
 def quicken_scatter_on_cuda() -> None:

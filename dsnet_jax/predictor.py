@@ -9,7 +9,7 @@ from etils import epath
 from dsnet_jax import parallel
 from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.specs import Colour
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, reaching
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import protocol_named
 from dsnet_jax.evaluation.trained import Trained, load_trained
@@ -27,9 +27,13 @@ def load(path: epath.PathLike, step: int | str | None = None, protocol: str = "s
       batch_size: images of one canvas that are computed at a time; rounded up, and said, to a multiple of the devices.
 
     Raises:
-      InputError: there is nothing that can be used; or a step is given with a file.
+      InputError: there is nothing that can be used; a step is given with a file; or the batch size is less than 1.
     """
-    if not epath.Path(path).is_dir() and str(path).endswith(".safetensors"):
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: 1 or more is needed")
+    with reaching(path, "give another path"):
+        is_folder = epath.Path(path).is_dir()
+    if not is_folder and str(path).endswith(".safetensors"):
         if step is not None:
             raise InputError(f"{path}: a file has one step, {step!r} cannot be chosen: give the workdir, or no step")
         config, spec, variables, found = read_safetensors(path)

@@ -1,17 +1,19 @@
-"""The folder of a run: whose it is, and what it remembers of its config and classes."""
+"""The folder of a run: whose it is, and what it remembers of its config and classes; and how files are written."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 from collections.abc import Iterator
 
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from dsnet_jax.config import FREE_FIELDS, differences, from_json, to_json
 from dsnet_jax.data.specs import DatasetSpec
-from dsnet_jax.errors import InputError, writing_into
+from dsnet_jax.errors import InputError, reaching, writing_into
 
 CONFIG, SPEC = "config.json", "dataset.json"
 ANOTHER = "give another --workdir"
@@ -21,14 +23,14 @@ ANOTHER = "give another --workdir"
 def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
     """Makes the folder if it is not there, and keeps other runs out of it until the end.
 
-    The lock is the system's, on the folder itself: it ends with the process, however that ends. Storage without locks
-    (`gs://`) has none: there, nothing keeps two runs apart.
+    The lock is the system's, on the folder itself: it ends with the process, however that ends. It holds on one machine:
+    NFS hands no lock of a folder on, storage such as `gs://` has none, and there nothing keeps runs of two machines apart.
 
     Raises:
       InputError: another run has it, or it cannot be reached or written.
     """
     workdir = epath.Path(workdir)
-    with _reachable(workdir), writing_into(workdir, ANOTHER):
+    with writing_into(workdir, ANOTHER):
         workdir.mkdir(parents=True, exist_ok=True)
     if is_remote(workdir):
         yield
@@ -43,6 +45,8 @@ def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
             raise InputError(
                 f"{workdir}: another run is writing to it: wait until that has ended, or give another --workdir"
             ) from error
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): nothing keeps two runs apart", workdir, error.strerror)
         yield
     finally:
         os.close(lock)
@@ -57,7 +61,8 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec
       What differs, one line a field.
 
     Raises:
-      InputError: the workdir holds a run of another config, and the message lists what differs; or of other classes.
+      InputError: the workdir holds a run of another config, and the message lists what differs; or of other classes; or
+        what it holds cannot be read.
     """
     different = check_workdir(workdir, config, spec)
     workdir = epath.Path(workdir)
@@ -72,10 +77,10 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec
 def check_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec) -> list[str] | None:
     """`claim_workdir`, without writing: gives None for a workdir that is new."""
     file = epath.Path(workdir) / CONFIG
-    with _reachable(workdir):
+    with reaching(workdir, ANOTHER):
         if not file.exists():
             return None
-    different = differences(from_json(file.read_text(), str(file)), config)
+    different = differences(from_json(_read(file), str(file)), config)
     if fixed := [line for name, line in different.items() if name not in FREE_FIELDS]:
         raise InputError(
             f"{workdir} holds a run of another config: give another --workdir, or the old config again; "
@@ -93,23 +98,34 @@ def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
     """The config and the classes of the run in a workdir.
 
     Raises:
-      InputError: there is none, it is not complete, or it cannot be reached.
+      InputError: there is none, it is not complete, or it cannot be reached or read.
     """
     workdir = epath.Path(workdir)
-    with _reachable(workdir):
+    with reaching(workdir, ANOTHER):
         if not (workdir / CONFIG).exists():
             raise InputError(f"{workdir} holds no run ({CONFIG} is missing): give the --workdir of `dsnet train`")
-    return from_json((workdir / CONFIG).read_text(), f"{workdir / CONFIG}"), _read_spec(workdir)
+    return from_json(_read(workdir / CONFIG), f"{workdir / CONFIG}"), _read_spec(workdir)
 
 
 def _read_spec(workdir: epath.Path) -> DatasetSpec:
     file = workdir / SPEC
+    if not file.exists():
+        raise InputError(f"{file} is missing, which names the classes: copy it from where the run was made")
     try:
-        return DatasetSpec.from_json(json.loads(file.read_text()))
-    except FileNotFoundError as error:
-        raise InputError(f"{file} is missing, which names the classes: copy it from where the run was made") from error
+        return DatasetSpec.from_json(json.loads(_read(file)))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: damaged ({error!r:.100}): copy it from where the run was made") from error
+
+
+def _read(file: epath.Path) -> str:
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror or error}): give yourself the right to, or {ANOTHER}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: damaged ({error}): copy it from where the run was made") from error
 
 
 def write_text(file: epath.Path, text: str) -> None:
@@ -123,20 +139,39 @@ def write_bytes(file: epath.Path, data: bytes) -> None:
         file.write_bytes(data)
         return
     new = file.with_name(f".{file.name}.new")
-    new.write_bytes(data)
-    new.replace(file)
+    try:
+        new.write_bytes(data)
+        new.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):  # The first error is the one to tell.
+            new.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: epath.PathLike, otherwise: str) -> None:
+    """Tells before the work what would only be found after it. Makes nothing.
+
+    An object store is not asked whether it may be written, only whether it can be reached.
+
+    Args:
+      folder: need not be there.
+      otherwise: what the user can do, as "give another --output".
+
+    Raises:
+      InputError: the folder cannot be made or reached, or nothing be written into it.
+    """
+    folder = epath.Path(folder)
+    with writing_into(folder, otherwise):
+        if is_remote(folder):
+            folder.exists()
+            return
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is in an object store such as `gs://`, which knows neither locks nor appending."""
     return "://" in os.fspath(path)
-
-
-@contextlib.contextmanager
-def _reachable(workdir: epath.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:  # Of the package that reads `gs://`, when a path there is first touched.
-        raise InputError(
-            f"{workdir} cannot be reached ({error}): pip install -e '.[gcs]' for gs://, or give another --workdir"
-        ) from error

@@ -199,11 +199,12 @@ def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_gives_its_exit_code_and_one_line(number, exit_code, monkeypatch, capsys):
-    monkeypatch.setitem(cli.COMMANDS, "evaluate", lambda options: os.kill(os.getpid(), number))
-    assert cli.main(["evaluate", "--workdir=runs/a"]) == exit_code
+@pytest.mark.parametrize("command, again", [("train", "goes on from what was saved"), ("evaluate", "begins anew")])
+def test_a_signal_gives_its_exit_code_and_one_line(number, exit_code, command, again, monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, command, lambda options: os.kill(os.getpid(), number))
+    assert cli.main([command, "--workdir=runs/a"]) == exit_code
     error = capsys.readouterr().err
-    assert error == f"dsnet: stopped by {number.name}; the same command goes on from what was saved\n"
+    assert error == f"dsnet: stopped by {number.name}; the same command {again}\n"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_a_data_set_whose_preparation_is_stopped_is_not_there(number, exit_code,
     _, errors = process.communicate(timeout=60)
     assert process.returncode == exit_code, errors
     last = errors.splitlines()[-1]  # Progress may stand before it, on a slow machine.
-    assert last == f"dsnet: stopped by {number.name}; the same command goes on from what was saved"
+    assert last == f"dsnet: stopped by {number.name}; the same command begins anew"
     assert list(tmp_path.iterdir()) == []
 
 

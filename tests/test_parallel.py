@@ -74,6 +74,29 @@ def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path, ca
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "dsnet_jax" / "xla")
 
 
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_user_without_a_home_may_name_the_folder_of_caches(monkeypatch, tmp_path, cache_folder):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(parallel.Path, "home", homeless)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parallel.configure()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "dsnet_jax" / "xla")
+
+
+def test_a_user_without_a_home_goes_without_a_cache_and_is_told(monkeypatch, cache_folder, caplog):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(parallel.Path, "home", homeless)
+    before = jax.config.jax_compilation_cache_dir
+    with caplog.at_level("WARNING", "absl"):
+        parallel.configure()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert "compiled programs are not kept: there is no home" in caplog.text
+
+
 def test_the_users_own_choice_of_a_cache_wins(monkeypatch, tmp_path, cache_folder):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir

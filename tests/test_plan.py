@@ -1,5 +1,6 @@
 """The plan of a small network for this process's eight devices, and what is read of the text of a compiler."""
 
+import contextlib
 import math
 import os
 import re
@@ -12,7 +13,15 @@ import pytest
 from dsnet_jax import parallel, plan
 from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model
-from dsnet_jax.plan.programs import Compiled, TooLarge, collectives_in, compile_for, lower_evaluation, lower_training
+from dsnet_jax.plan.programs import (
+    Compiled,
+    TooLarge,
+    collectives_in,
+    compile_for,
+    lower_evaluation,
+    lower_training,
+    most_images,
+)
 from dsnet_jax.plan.search import Largest, largest_batch
 from dsnet_jax.plan.targets import COMPILER_OPTIONS, TARGETS, Target, find_target, mesh_of
 from dsnet_jax.stopping import SIGNALS
@@ -263,6 +272,38 @@ def test_a_plan_refuses_a_single_image_at_a_time_as_training_does(config):
 def test_no_image_a_device_is_refused_for_an_evaluation_too(config):
     with pytest.raises(InputError, match=r"^--batch-per-device is 0: 1 or more is needed$"):
         plan.plan(config, "cpu", 0, evaluation=True)
+
+
+def test_an_evaluation_of_more_pixels_than_it_counts_is_refused(config, mesh):
+    most = (2**31 - 1) // (8 * 32 * 32)
+    assert most_images(config, 8) == most
+    message = (
+        f"^{most + 1} images of 32x32 on each of 8 devices have more pixels than an evaluation counts at a time: give "
+        f"--batch-per-device={most} or less$"
+    )
+    with pytest.raises(InputError, match=message) as error:
+        plan.plan(config, "cpu", most + 1, evaluation=True)
+    assert error.value.exit_code == 2
+    for batch, fits in ((most, True), (most + 1, False)):
+        config.evaluation.batch_size = 8 * batch
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="can overflow int32"):
+            lower_evaluation(config, build_model(config.model, 3), mesh)
+
+
+def test_a_batch_that_an_evaluation_cannot_count_is_too_large_for_the_search(config, capsys, monkeypatch):
+    monkeypatch.setitem(TARGETS, "board", Target("cpu", memory=1e12))
+    lowered = []
+
+    def lower(config, model, mesh):
+        lowered.append(config.evaluation.batch_size // 8)
+
+    monkeypatch.setattr(plan, "lower_evaluation", lower)
+    monkeypatch.setattr(plan, "compile_for", lambda *_: Compiled(1000, 0, 0, 1000 * lowered[-1], 0, None, {}))
+    most = most_images(config, 8)
+    plan.plan(config, "board", most - 1, evaluation=True, num_classes=3)
+    assert lowered == [most - 1, most]
+    told = f"largest batch: {most} images a device, {8 * most} a step; {most + 1} do not fit"
+    assert told in capsys.readouterr().out
 
 
 def test_an_evaluation_is_planned_on_the_canvas_that_it_is_computed_on(config, mesh):

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,6 +49,19 @@ def test_what_is_no_image_is_refused(small_config, random_run):
         network.predict(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match=r"image 1 is uint8\[4, 4\]"):
         network.predict([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_image_is_refused_before_anything_is_read(batch_size):
+    with pytest.raises(InputError, match=f"^batch_size is {batch_size}: 1 or more is needed$"):
+        dsnet_jax.load("nowhere", batch_size=batch_size)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "gs://bucket/run.safetensors"])
+def test_storage_whose_package_is_missing_is_told_with_the_extra(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # An import raises.
+    with pytest.raises(InputError, match=r"^gs://bucket/run.* cannot be reached .*pip install -e '\.\[gcs\]'"):
+        dsnet_jax.load(path)
 
 
 def test_the_package_is_imported_without_jax_until_something_is_loaded():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from etils import epath
 from dsnet_jax.config import FREE_FIELDS, default_config
 from dsnet_jax.data.specs import CAMVID, SHAPES
 from dsnet_jax.errors import InputError
-from dsnet_jax.workdir import check_workdir, claim_workdir, locked_workdir, open_workdir, write_text
+from dsnet_jax.workdir import check_workdir, check_writable, claim_workdir, locked_workdir, open_workdir, write_text
 
 
 def test_a_workdir_remembers_its_config_and_classes(tmp_path):
@@ -43,6 +44,16 @@ def test_a_workdir_refuses_other_classes_and_other_colours(tmp_path, change):
         claim_workdir(tmp_path, default_config(), dataclasses.replace(SHAPES, **change))
 
 
+def test_a_folder_that_cannot_be_locked_is_told_and_used(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with caplog.at_level("WARNING", "absl"), locked_workdir(tmp_path):
+        claim_workdir(tmp_path, default_config(), SHAPES)
+    assert "cannot be locked (No locks available): nothing keeps two runs apart" in caplog.text
+
+
 def test_a_workdir_without_its_classes_is_an_error_in_one_line(tmp_path):
     claim_workdir(tmp_path, default_config(), SHAPES)
     (tmp_path / "dataset.json").write_text('{"name": "shapes"}')
@@ -69,6 +80,7 @@ def test_storage_whose_package_is_missing_is_an_error_in_one_line_that_names_the
         lambda workdir: locked_workdir(workdir).__enter__(),
         lambda workdir: check_workdir(workdir, default_config(), SHAPES),
         open_workdir,
+        lambda workdir: check_writable(workdir, "give another --workdir"),
     )
     for use in uses:
         with pytest.raises(InputError, match=r"^gs://bucket/run cannot be reached .*gcsfs.*pip install -e '\.\[gcs\]'"):
@@ -129,6 +141,64 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_text(epath.Path(tmp_path) / "config.json", "new")
     assert (tmp_path / "config.json").read_text() == "old"
+
+
+def test_a_write_over_a_folder_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(OSError):
+        write_text(epath.Path(tmp_path) / "figures", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "dataset.json"])
+def test_what_a_workdir_remembers_but_cannot_be_read_is_an_error_in_one_line(tmp_path, monkeypatch, name):
+    claim_workdir(tmp_path, default_config(), SHAPES)
+    uses = open_workdir, lambda workdir: check_workdir(workdir, default_config(), SHAPES)
+
+    def refused(message):
+        for use in uses:
+            with pytest.raises(InputError, match=message) as error:
+                use(tmp_path)
+            assert "\n" not in str(error.value)
+
+    text = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    refused(rf"{name}: damaged \('utf-8' codec .*\): copy it from where the run was made")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    refused(rf"{name}: cannot be read \(Is a directory\): give yourself the right to, or give another --workdir")
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_bytes(text)
+    cls, read_text = type(epath.Path(tmp_path)), type(epath.Path(tmp_path)).read_text
+
+    def somebody_elses(path):  # Root may read everything.
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read_text(path)
+
+    monkeypatch.setattr(cls, "read_text", somebody_elses)
+    refused(rf"{name}: cannot be read \(Permission denied\)")
+
+
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
+    check_writable(tmp_path / "new" / "deeper", "give another --output")
+    check_writable(tmp_path, "give another --output")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(InputError, match=r"cannot be written \(Not a directory\): give another --output"):
+            check_writable(folder, "give another --output")
+
+
+def test_a_folder_that_may_only_be_read_is_told(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode & os.W_OK)))  # Root always may.
+    with pytest.raises(InputError, match=r"new cannot be written \(Permission denied\): give another --output"):
+        check_writable(tmp_path / "new", "give another --output")
+    assert asked == [(tmp_path, os.W_OK)]
 
 
 def test_a_folder_without_a_run_is_refused_and_not_made(tmp_path):

@@ -20,13 +20,14 @@ from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.boundary import boundary_counts
-from dsnet_jax.evaluation.folders import check_writable, picture_names
+from dsnet_jax.evaluation.folders import picture_names
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained, open_split_of
 from dsnet_jax.ops.extent import CANVAS_MULTIPLE
 from dsnet_jax.progress import track
 from dsnet_jax.stopping import Request, Stopped
+from dsnet_jax.workdir import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +200,10 @@ def evaluate_run(
 def _write_overlays(folder: epath.Path, shown: list[tuple[Example, np.ndarray]], spec: DatasetSpec) -> None:
     """In the place of those that an earlier evaluation left."""
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
+    # Not by a pattern: the workdir's own name may look like one, as voc[1]. Object stores have no empty folders.
+    for old in list(folder.iterdir()) if folder.exists() else []:
+        if old.suffix == ".png":
+            old.unlink()
     for name, (example, prediction) in zip(picture_names([example for example, _ in shown]), shown, strict=True):
         row = pictures.comparison(example.image, example.label, prediction, spec)
         write_picture(folder / f"{name}.png", row)

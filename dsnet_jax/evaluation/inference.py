@@ -117,9 +117,10 @@ class Segmenter:
           examples_at: gives the examples at positions in `sizes_hw`, in their order.
           sizes_hw: heights and widths of their labels, [N, 2].
           image_scale: working resolution: of the images over the labels.
-          batch_size: images a batch, divided by how much the protocol enlarges an image; see `whole` for the rest.
+          batch_size: images a batch, divided by how much the protocol enlarges an image, if it does; see `whole`
+            for the rest.
         """
-        times = self.protocol.enlargement
+        times = max(1.0, self.protocol.enlargement)  # Smaller scales do not make the batch larger than was asked for.
         why = f" ({batch_size} at single scale: for {self.protocol.name} an image takes {times:g} times the memory)"
         batch_size = self.whole(max(1, int(batch_size / times)), why if times > 1 else "")
         canvases = choose_canvases(sizes_hw, image_scale, self.protocol, batch_size)

@@ -13,6 +13,8 @@ import numpy as np
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 
+MOST_PIXELS = 2**31 - 1  # Of a batch: int32 counts so many.
+
 
 def confusion_counts(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
     """Counts the pixels of each pair of true and predicted class.
@@ -31,7 +33,7 @@ def confusion_counts(labels: jax.Array, predictions: jax.Array, num_classes: int
     Raises:
       ValueError: the batch has so many pixels that int32 could overflow.
     """
-    if labels.size >= 2**31:
+    if labels.size > MOST_PIXELS:
         raise ValueError(f"a batch of {labels.shape} labels can overflow int32: count it in parts")
     labels, predictions = labels.astype(jnp.int32), predictions.astype(jnp.int32)
     per_image = jax.lax.platform_dependent(

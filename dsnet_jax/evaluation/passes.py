@@ -128,7 +128,7 @@ def _windows_at_once(count: int, window_hw: tuple[int, int], canvas_hw: tuple[in
     """How many of an image's windows the network sees at a time: a divisor of their number.
 
     One would leave a CPU's cores, or an accelerator, half idle. Together they have less than twice the canvas's pixels;
-    and they are not more than `WINDOWS`, so that memory does not grow with the image.
+    and they are not more than `WINDOWS`, so that what the network needs does not grow with the image.
     """
     most = min(-(-math.prod(canvas_hw) // math.prod(window_hw)), WINDOWS)
     return next(number for number in range(min(most, count), 0, -1) if count % number == 0)

@@ -1,5 +1,6 @@
 """Labels images that are in no data set: `dsnet predict`."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,23 +10,24 @@ import numpy as np
 from etils import epath
 
 from dsnet_jax import parallel
-from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, read_file, read_size_hw
+from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, is_rotated, read_file, read_size_hw
 from dsnet_jax.data.drawing import overlay, write_picture
 from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation.canvases import canvas_hw
-from dsnet_jax.evaluation.folders import check_writable
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.passes import scaled_canvases
 from dsnet_jax.evaluation.pictures import write_labels
 from dsnet_jax.evaluation.protocols import Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.progress import track
+from dsnet_jax.workdir import check_writable, is_remote
 
 # Of the canvas that an image is computed on; 4000 x 3000 fits. Of memory, in float32 on a CPU, the compiled program and
 # the pictures take 520 bytes a pixel for ResNet-50 at output stride 16 (7 GB), ResNet-101 at 8 takes 1650 (21 GB).
 LABELLED_PIXELS = 4096 * 3072
+MAX_NAME_BYTES = 255  # Of a file, on the disks of Linux.
 
 
 def predict_files(
@@ -41,7 +43,7 @@ def predict_files(
 
     The first is a palette PNG of the image's size whose index is the class; the second shows the classes' colours over
     the image. Images are computed one by one, at their own size times `config.data.image_scale`. What cannot be read,
-    or is too large, is named and counted, and the rest goes on.
+    or is too large, is named and counted, and the rest goes on. An EXIF orientation is not applied, which is counted.
 
     Args:
       workdir: of the run.
@@ -57,8 +59,9 @@ def predict_files(
       How many files could not be labelled.
 
     Raises:
-      InputError: the run cannot be used, there is no image, two would be written to one place, or one over an image,
-        there is no such protocol, or `output` cannot be written.
+      InputError: the run cannot be used, a folder cannot be read, there is no image, two would be written to one place,
+        or one over an image, or under a name that is too long, there is no such protocol, or `output` cannot be
+        written.
     """
     files, others, folders = _image_files(inputs)
     output = epath.Path(output)
@@ -69,16 +72,19 @@ def predict_files(
     seen = protocol_named(protocol, trained.config)
     with writing_into(output, otherwise):
         output.mkdir(parents=True, exist_ok=True)
-    failed, originals = [], {}
+    failed, rotated, originals = [], [], {}
 
     def readable(files: Sequence[Path]) -> Iterator[Example]:
         for index, file in enumerate(track(files, "labelling images")):
             try:
-                image = _read_image(file, trained.config.data.image_scale, seen, max_pixels)
+                data = read_file(file)
+                image = _decoded(data, file, trained.config.data.image_scale, seen, max_pixels)
             except InputError as error:
                 failed.append(file)
                 print(f"dsnet: {error}", file=sys.stderr)
                 continue
+            if is_rotated(data, str(file)):
+                rotated.append(file)
             originals[index] = image
             yield example_of(index, str(file), image, None, trained.config.data.image_scale)
 
@@ -94,12 +100,12 @@ def predict_files(
         f"{len(files) - len(failed)} images labelled into {output}, {len(failed)} could not be read, "
         f"{others} files in the folders are not images"
         + (f", {folders} folders in them were not looked into" if folders else "")
+        + (f", {len(rotated)} have an EXIF orientation, which is not applied" if rotated else "")
     )
     return len(failed)
 
 
-def _read_image(file: Path, image_scale: float, protocol: Protocol, max_pixels: int) -> np.ndarray:
-    data = read_file(file)
+def _decoded(data: bytes, file: Path, image_scale: float, protocol: Protocol, max_pixels: int) -> np.ndarray:
     size_hw = read_size_hw(data, str(file))
     canvas = canvas_hw(scaled_size_hw(size_hw, image_scale))
     height, width = max(canvas, *scaled_canvases(protocol, canvas))
@@ -113,13 +119,21 @@ def _read_image(file: Path, image_scale: float, protocol: Protocol, max_pixels: 
 
 
 def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int, int]:
-    """The images among the inputs, each once; how many files of the folders are none; how many folders are in those."""
+    """The images among the inputs, each once; how many files of the folders are none; how many folders are in those.
+
+    What only looks like an image, as a link that leads nowhere, is among them: it is told when it is read.
+    """
     files, others, folders = [], 0, 0
     for given in map(Path, inputs):
-        if given.is_dir():
-            inside = sorted(given.iterdir())
-            folders += sum(path.is_dir() for path in inside)
-            inside = [path for path in inside if path.is_file()]
+        if os.path.isdir(given):  # `Path.is_dir` raises, where a folder may not be entered or a name is too long.
+            try:
+                found = sorted(given.iterdir())
+            except OSError as error:
+                raise InputError(
+                    f"{given}: cannot be read ({error.strerror}): give yourself the right to, or leave it out"
+                ) from error
+            inside = [path for path in found if not os.path.isdir(path)]
+            folders += len(found) - len(inside)
             images = [path for path in inside if path.suffix.lower() in IMAGE_EXTENSIONS]
             others += len(inside) - len(images)
             files += images
@@ -134,19 +148,22 @@ def _output_names(files: Sequence[Path], output: epath.Path) -> dict[Path, str]:
     """The name of each file's pictures: its own without the ending, or with it where that would be somebody else's.
 
     Raises:
-      InputError: two files have the same name, in different folders; or a picture would replace one of the files.
+      InputError: two files have the same name, in different folders; a picture would replace one of the files; or its
+        name would be too long.
     """
-    given = {file.resolve() for file in files}
+    given = {os.path.realpath(file) for file in files}  # `Path.resolve` raises for a link that leads to itself.
     times = Counter(file.stem for file in files)
     names = {file: file.stem if times[file.stem] == 1 else file.name for file in files}
     taken = {}
     for file, name in names.items():
+        if not is_remote(output) and len(os.fsencode(f"{name}_overlay.png")) > MAX_NAME_BYTES:
+            raise InputError(f"{file}: {name}_overlay.png has more than {MAX_NAME_BYTES} bytes: give it a shorter name")
         for written in (name, f"{name}_overlay"):
             if written in taken:
                 raise InputError(
                     f"{taken[written]} and {file} would both be written to {written}.png: label them apart"
                 )
-            if Path(output / f"{written}.png").resolve() in given:
+            if os.path.realpath(output / f"{written}.png") in given:
                 raise InputError(f"{output}/{written}.png is an image to be labelled: give another --output")
             taken[written] = file
     return names

@@ -20,14 +20,14 @@ from dsnet_jax.data.pipeline import Example, evaluation_examples, load_example
 from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation.canvases import choose_canvases
-from dsnet_jax.evaluation.folders import check_writable, picture_names
+from dsnet_jax.evaluation.folders import picture_names
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.pictures import comparisons
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE
 from dsnet_jax.evaluation.sampling_points import PointFigures, SampledPoints, border_positions, figures, sampled_points
 from dsnet_jax.evaluation.trained import Trained, check_classes, load_trained, open_split_of
 from dsnet_jax.progress import track
-from dsnet_jax.workdir import write_text
+from dsnet_jax.workdir import check_writable, write_text
 
 POSITIONS = 6  # Of an image, where none are given.
 # Bright, and apart from each other for most colour-blind people: Okabe and Ito's, lightened.

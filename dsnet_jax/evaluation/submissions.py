@@ -5,6 +5,7 @@ nothing in it that a server would reject. That looks at archives which others ha
 """
 
 import contextlib
+import errno
 import gzip
 import io
 import os
@@ -27,6 +28,7 @@ from dsnet_jax.data.validation import LISTED
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import track
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SIGNATURES = {b"PK": ".zip", b"\x1f\x8b": ".tgz"}
 
 
@@ -77,31 +79,54 @@ def format_for(split: Split) -> Format:
 def write_submission(file: str | os.PathLike, split: Split, predictions: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes an archive of predictions as they come, and checks it.
 
+    A .tgz is unpacked beside it for that. Where there is no room, it is kept under the name that it has until then.
+
     Args:
       file: the archive, which is replaced if it is there; its name ends as the format wants.
       split: whose images are predicted.
       predictions: id and labels, uint8 [H, W], of every image, in any order. Not started if the archive has no chance.
 
     Raises:
-      InputError: the data set has no format, the name has another ending, or the file cannot be written.
+      InputError: the data set has no format, the name has another ending, or the file cannot be written or checked.
       RuntimeError: what was written is not valid.
     """
     file, form = Path(file), format_for(split)
     if not file.name.endswith(form.endings):
         raise InputError(f"{file}: a submission for {split.spec.name} ends in {' or '.join(form.endings)}: rename it")
+    if os.path.isdir(file):
+        raise InputError(f"{file}: cannot be written ({os.strerror(errno.EISDIR)}): choose another place")
     unfinished = file.with_name(f".unfinished.{file.name}")
+    others, keep = [], False
+
+    def predicted() -> Iterator[tuple[str, np.ndarray]]:
+        try:
+            yield from predictions
+        except OSError as error:  # Not of this file: of stdout, for instance, which nobody reads any more.
+            others.append(error)
+            raise
+
     try:
         with _archive(unfinished, form) as add:
-            for image_id, labels in predictions:
+            for image_id, labels in predicted():
                 add(form.member(image_id), _png(labels + np.uint8(form.first_id), form.palette))
-        if problems := validate_submission(unfinished, split):
+        try:
+            problems = validate_submission(unfinished, split, unfinished.parent)
+        except InputError as error:
+            keep = True
+            raise InputError(
+                f"{error}; all images are labelled in it: check it by `dsnet inspect submission`, then rename it"
+            ) from error
+        if problems:
             raise RuntimeError("\n".join([f"{file}: what was written is not valid:", *problems]))
         unfinished.replace(file)
     except OSError as error:
+        if error in others:
+            raise
         raise InputError(f"{file}: cannot be written ({error.strerror or error}): choose another place") from error
     finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+        if not keep:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -137,22 +162,25 @@ def check_submission(file: str | os.PathLike, split: Split) -> None:
     """Prints that an archive is a valid submission for the split.
 
     Raises:
-      InputError: it is not; a line for each kind of problem.
+      InputError: it is not, a line for each kind of problem; or there is no room to unpack it.
     """
     if problems := validate_submission(file, split):
         raise InputError("\n".join([f"{file}: a server would reject it:", *(f"  {line}" for line in problems)]))
     print(f"{file}: a valid submission for {split.spec.name}, split {split.name}: {len(split)} files")
 
 
-def validate_submission(file: str | os.PathLike, split: Split) -> list[str]:
+def validate_submission(
+    file: str | os.PathLike, split: Split, spool_folder: str | os.PathLike | None = None
+) -> list[str]:
     """What a server would reject about an archive of predictions, one line for each kind of problem.
 
     Args:
       file: the archive.
       split: whose images it should hold the labels of.
+      spool_folder: on a disk with room for an unpacked .tgz; None: the system's for temporary files.
 
     Raises:
-      InputError: the split's data set has no format.
+      InputError: the split's data set has no format, or there is no room to unpack the archive.
     """
     file, form, problems = Path(file), format_for(split), _Problems()
     if not file.name.endswith(form.endings):
@@ -161,9 +189,13 @@ def validate_submission(file: str | os.PathLike, split: Split) -> list[str]:
     try:
         with file.open("rb") as opened:
             found = _SIGNATURES.get(opened.read(2), "neither a .zip nor a .tgz")
+        spool = Path(spool_folder or tempfile.gettempdir())
+    except OSError as error:
+        return [f"{file}: cannot be read: {error.strerror or error}"]
+    try:
         if found != form.archive:
             problems.add(f"the archive is not a {form.archive}", f"{file.name} is {found}")
-        with open_source(file, Path(tempfile.gettempdir())) as source:
+        with open_source(file, spool) as source:
             paths = {path.removeprefix(f"{file}/"): path for path in source.files(str(file))}
             places = _places(list(paths), sizes_hw, form, problems)
             for passed_over in source.passed_over:
@@ -174,9 +206,14 @@ def validate_submission(file: str | os.PathLike, split: Split) -> list[str]:
                     _check_file(name, data, sizes_hw[wanted], form, split.spec.num_classes, problems)
                 except InputError as error:
                     problems.add("files that are damaged, or no images", str(error))
-    except OSError as error:
-        return [f"{file}: cannot be read: {error.strerror or error}"]
+                except OSError as error:
+                    return [f"{file}: cannot be read: {error.strerror or error}"]
     except InputError as error:
+        if getattr(error.__cause__, "errno", None) in _NO_ROOM:
+            elsewhere = "" if spool_folder else ", or set TMPDIR to another folder"
+            raise InputError(
+                f"{file}: cannot be checked, {spool} has no room to unpack it: make room{elsewhere}"
+            ) from error
         problems.add("the archive", str(error))
     return problems.lines()
 

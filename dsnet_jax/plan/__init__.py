@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model
-from dsnet_jax.plan.programs import Compiled, TooLarge, compile_for, lower_evaluation, lower_training
+from dsnet_jax.plan.programs import Compiled, TooLarge, compile_for, lower_evaluation, lower_training, most_images
 from dsnet_jax.plan.search import largest_batch
 from dsnet_jax.plan.targets import COMPILER_OPTIONS, Target, find_target, mesh_of
 from dsnet_jax.progress import duration
@@ -34,7 +34,8 @@ def plan(
       num_classes: K; None: that of the config's data set.
 
     Raises:
-      InputError: there is no such target, its compiler is not installed or in use, or the batch cannot be shared.
+      InputError: there is no such target, its compiler is not installed or in use, or the batch cannot be shared, or
+        has more pixels than an evaluation counts.
     """
     target = find_target(target_name)
     model = build_model(config.model, classes_of(config, num_classes))
@@ -78,6 +79,8 @@ def plan(
     tried = {batch_per_device: _measured(target, found)}
     if isinstance(found, Compiled):
         tried[0] = found.arguments + found.code, True  # Nearly: of the arguments most is the state.
+    if evaluation:
+        tried[most_images(config, devices) + 1] = float("inf"), False
     print("the largest batch: at most four more are compiled", flush=True)
     unit = 1 if evaluation else config.training.accumulation_steps
     limit = target.usable * target.memory
@@ -96,7 +99,15 @@ def _share(config: ConfigDict, devices: int, batch_per_device: int | None, evalu
     if batch_per_device is not None and batch_per_device < 1:
         raise InputError(f"--batch-per-device is {batch_per_device}: 1 or more is needed", exit_code=2)
     if evaluation:
-        return batch_per_device or -(-config.evaluation.batch_size // devices)  # As `dsnet evaluate` rounds it.
+        batch = batch_per_device or -(-config.evaluation.batch_size // devices)  # As `dsnet evaluate` rounds it.
+        if batch > (most := most_images(config, devices)):
+            height, width = config.data.crop_size_hw
+            raise InputError(
+                f"{batch} images of {height}x{width} on each of {devices} devices have more pixels than an evaluation "
+                f"counts at a time: give --batch-per-device={most} or less",
+                exit_code=2,
+            )
+        return batch
     if batch_per_device is not None:
         config = config.copy_and_resolve_references()
         config.data.batch_size = batch_per_device * devices

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from dsnet_jax import parallel
 from dsnet_jax.evaluation.canvases import up_to_multiple
 from dsnet_jax.evaluation.inference import segment
+from dsnet_jax.evaluation.metrics import MOST_PIXELS
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE
 from dsnet_jax.experiment import initial_variables
 from dsnet_jax.plan.targets import COMPILER_OPTIONS
@@ -75,7 +76,7 @@ def lower_training(config: ConfigDict, model: nn.Module, mesh: Mesh) -> jax.stag
 
 def lower_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> jax.stages.Lowered:
     """The program that `dsnet evaluate` compiles for labelled images of the size of a training crop."""
-    size, canvas = config.evaluation.batch_size, tuple(up_to_multiple(side) for side in config.data.crop_size_hw)
+    size, canvas = config.evaluation.batch_size, _canvas_hw(config)
     whole, split = parallel.replicated(mesh), parallel.split_by_batch(mesh)
     variables = jax.eval_shape(partial(initial_variables, model))
     variables = jax.tree.map(lambda leaf: leaf.update(sharding=whole), variables)
@@ -83,6 +84,16 @@ def lower_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> jax.st
     shapes = ((size, *canvas, 3), np.uint8), *sizes, ((size, *canvas), np.uint8), sizes[0]
     arrays = [jax.ShapeDtypeStruct(*shape, sharding=split) for shape in shapes]
     return segment.lower(model, variables, *arrays, protocol=SINGLE_SCALE, label_canvas_hw=canvas)
+
+
+def most_images(config: ConfigDict, devices: int) -> int:
+    """Images a device, of the size of a training crop, whose pixels an evaluation can count in one batch."""
+    return MOST_PIXELS // (math.prod(_canvas_hw(config)) * devices)
+
+
+def _canvas_hw(config: ConfigDict) -> tuple[int, int]:
+    height, width = (up_to_multiple(side) for side in config.data.crop_size_hw)
+    return height, width
 
 
 def compile_for(platform: str, lowered: jax.stages.Lowered) -> Compiled | TooLarge:

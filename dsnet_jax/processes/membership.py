@@ -124,7 +124,7 @@ class Member(threading.Thread):
         if self._failing.wait(grace):
             self._heard_of_it.set()
             return
-        line = f"dsnet: {text}; {self.place} stops too: the same command goes on from what was saved\n"
+        line = f"dsnet: {text}; {self.place} stops too: a training goes on from what it has saved\n"
         os.write(2, line.encode())
         os._exit(1)
 

@@ -1,12 +1,14 @@
 """A trained network as one file for other programs: `dsnet export`."""
 
+import errno
+import os
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from dsnet_jax.data.specs import DatasetSpec
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.experiment import build_model
 from dsnet_jax.weights.description import describe
 from dsnet_jax.weights.folding import fold_batch_norm
@@ -14,7 +16,9 @@ from dsnet_jax.weights.onnx import to_onnx
 from dsnet_jax.weights.program import label_program
 from dsnet_jax.weights.safetensors import backbone_to_safetensors, to_safetensors
 from dsnet_jax.weights.stablehlo import to_stablehlo
-from dsnet_jax.workdir import write_bytes
+from dsnet_jax.workdir import check_writable, is_remote, write_bytes
+
+ANOTHER = "give another --output"
 
 
 def export(
@@ -35,7 +39,7 @@ def export(
       spec: its classes.
       variables: params and batch_stats.
       step: of the checkpoint.
-      file: to be written, or replaced.
+      file: to be written, or replaced; its folder must be there.
       file_format: stablehlo, onnx, safetensors, or torchvision: the backbone alone, as .safetensors of its names.
       size_hw: of the images of a program; None: any, which ONNX cannot have.
       batch_size: of a program; None: any.
@@ -51,6 +55,7 @@ def export(
         raise InputError("ONNX files have one size: give --size-hw HEIGHT WIDTH", exit_code=2)
     if file_format == "stablehlo" and size_hw is None and config.model.sampling == "nonlocal":
         raise InputError("a non-local block works in bands of a known size: give --size-hw HEIGHT WIDTH", exit_code=2)
+    _check_output(epath.Path(file))
     if folded:
         variables = fold_batch_norm(variables)
     description = describe(config, spec, step, folded, is_program)
@@ -70,9 +75,17 @@ def export(
             data = to_onnx(program, description, size_hw, batch_size)
         else:
             data = to_stablehlo(program, description, size_hw, batch_size)
-    try:
+    with writing_into(file, ANOTHER):
         write_bytes(epath.Path(file), data)
-    except OSError as error:
-        raise InputError(f"{file} cannot be written ({error.strerror}): give another --output") from error
     size = f", images of {size_hw[0]} x {size_hw[1]}" if size_hw else ""
     print(f"{file}: {file_format} of step {step}, {len(data) / 1e6:.1f} MB{size}")
+
+
+def _check_output(file: epath.Path) -> None:
+    """Before anything is computed. Raises InputError."""
+    with writing_into(file, ANOTHER):
+        if not file.name or (not is_remote(file) and file.is_dir()):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not is_remote(file) and not file.parent.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    check_writable(file.parent, ANOTHER)

@@ -251,6 +251,16 @@ def test_overlays_are_written_for_as_many_images_as_are_asked_for_and_old_ones_g
         assert picture.mode == "RGB"
 
 
+def test_old_overlays_go_where_the_name_of_the_workdir_looks_like_a_pattern(random_run):
+    workdir = random_run.rename(random_run.with_name("voc[1]"))
+    folder = workdir / "evaluation" / "val" / "overlays"
+    folder.mkdir(parents=True)
+    for name in ("room05.png", "notes.txt"):
+        (folder / name).write_text("of an earlier step")
+    evaluate_run(workdir, config_flags=["--config.evaluation.overlays=1"])
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "room00.png"]
+
+
 def test_another_split_and_the_best_step_can_be_asked_for(random_run):
     evaluate_run(random_run, step="best", split="train")
     results = json.loads((random_run / "evaluation" / "train" / "results.json").read_text())

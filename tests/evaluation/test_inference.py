@@ -191,6 +191,13 @@ def test_a_batch_that_a_protocol_makes_smaller_than_the_devices_need_is_told_as_
     assert f"evaluating 4 images at a time, not {wanted}: there are 4 devices" in caplog.text
 
 
+def test_smaller_scales_do_not_make_the_batch_larger_than_was_asked_for():
+    model, examples = OneConvolution(), list(make_examples([(40, 40)] * 5))
+    segmenter = Segmenter(model, random_variables(model), mesh_of(1), Protocol("ms_flip", (0.25, 0.5), flip=True))
+    found = segmenter.run_known(lambda positions: (examples[i] for i in positions), np.array([(40, 40)] * 5), 1.0, 2)
+    assert [len(batch.images) for batch, _, _ in found] == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     "batch_size, expected", [(1, [[1], [4], [7], [3], [6], [0], [2], [5]]), (2, [[1, 4], [7], [3, 6], [0, 2], [5]])]
 )

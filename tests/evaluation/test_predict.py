@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 
 import cv2
 import jax
@@ -145,6 +146,76 @@ def test_what_cannot_be_read_is_named_and_counted_and_the_rest_is_labelled(rando
     assert "2 images labelled into" in printed.out
     assert "3 could not be read, 1 files in the folders are not images, 1 folders in them" in printed.out
     assert outputs(tmp_path / "out") == ["0.png", "0_overlay.png", "2.png", "2_overlay.png"]
+
+
+def test_files_that_the_system_does_not_give_are_named_and_counted(random_run, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    write_image(photos / "good.png", 40, 50)
+    (photos / "loop.png").symlink_to("loop.png")
+    (photos / "nowhere.png").symlink_to("not_there.png")
+    (photos / "nowhere.txt").symlink_to("not_there.txt")
+    too_long = photos / ("x" * 300) / "a.png"
+    assert predict_files(random_run, None, [str(photos), str(too_long)], tmp_path / "out") == 3
+    printed = capsys.readouterr()
+    told = [line for line in printed.err.splitlines() if line.startswith("dsnet: ")]
+    assert [file in line for file, line in zip(("loop.png", "nowhere.png", "x/a.png"), told, strict=True)] == [True] * 3
+    assert "1 images labelled into" in printed.out and "3 could not be read, 1 files in" in printed.out
+
+
+def test_a_folder_whose_files_may_not_be_looked_at_names_and_counts_them(random_run, tmp_path, capsys, monkeypatch):
+    """As where it may be read but not entered; root always may."""
+    photos, stat = tmp_path / "photos", os.stat
+    photos.mkdir()
+    write_image(photos / "a.png", 40, 50)
+
+    def refused(path, **options):
+        if os.fspath(path).startswith(f"{photos}/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert predict_files(random_run, None, [str(photos)], tmp_path / "out") == 1
+    assert "a.png: cannot be read: Permission denied" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_told_in_one_line(random_run, tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(predict.Path, "iterdir", refused)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match=r"photos: cannot be read \(Permission denied\): give yourself the right to"):
+        predict_files(random_run, None, [str(tmp_path / "photos")], tmp_path / "out")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_names_that_are_too_long_are_told_in_one_line_before_anything_is_written(random_run, tmp_path, there):
+    file = tmp_path / f"{'x' * (250 if there else 300)}.png"
+    if there:
+        write_image(file, 8, 8)
+    with pytest.raises(InputError, match=r"x_overlay\.png has more than 255 bytes: give it a shorter name$"):
+        predict_files(random_run, None, [str(file)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_with_an_orientation_that_is_not_applied_are_counted(random_run, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, options in (("a", {"exif": exif}), ("b", {})):
+        Image.fromarray(random_image(40, 50)).save(tmp_path / f"{name}.jpg", **options)
+    assert predict_files(random_run, None, [str(tmp_path / "b.jpg")], tmp_path / "out") == 0
+    assert "EXIF" not in capsys.readouterr().out
+    assert predict_files(random_run, None, [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")], tmp_path / "out") == 0
+    assert capsys.readouterr().out.endswith("not images, 1 have an EXIF orientation, which is not applied\n")
+    assert read_labels(tmp_path / "out" / "a.png")[0].shape == (40, 50)
+
+
+def test_an_output_in_an_object_store_whose_package_is_missing_is_told_with_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # An import raises.
+    file = write_image(tmp_path / "photo.png", 8, 8)
+    with pytest.raises(InputError, match=r"^gs://bucket/out cannot be reached .*pip install -e '\.\[gcs\]'"):
+        predict_files(tmp_path / "no_run", None, [str(file)], "gs://bucket/out")
 
 
 def test_an_image_that_needs_a_larger_canvas_is_refused_from_its_header_named_and_counted(

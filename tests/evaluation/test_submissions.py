@@ -1,9 +1,12 @@
 """Archives for benchmarks' servers: those that are written, and all that can be wrong with one."""
 
+import errno
 import io
 import itertools
+import os
 import re
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -270,12 +273,67 @@ def test_an_archive_that_is_not_valid_never_has_its_name(voc_test, tmp_path):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"that of yesterday"]
 
 
+@pytest.fixture
+def full_for_spools(monkeypatch):
+    """No room for files without a name; gives the folders in which they were asked for."""
+    asked = []
+
+    def full(dir):
+        asked.append(dir)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dsnet_jax.data.archives.tempfile.TemporaryFile", full)
+    return asked
+
+
+def test_an_archive_that_there_is_no_room_to_check_is_kept_and_its_name_told(voc_test, tmp_path, full_for_spools):
+    with pytest.raises(InputError) as error:
+        write_submission(tmp_path / "voc.tgz", voc_test, ((each, labels_of(each)) for each in SIZES_HW))
+    kept = tmp_path / ".unfinished.voc.tgz"
+    assert str(error.value) == (
+        f"{kept}: cannot be checked, {tmp_path} has no room to unpack it: make room; all images are labelled in it: "
+        "check it by `dsnet inspect submission`, then rename it"
+    )
+    assert full_for_spools == [tmp_path] and list(tmp_path.iterdir()) == [kept]
+    assert sorted(members(kept)) == sorted(good_files())
+
+
+def test_no_room_to_check_an_archive_is_not_its_own_fault(voc_test, tmp_path, full_for_spools):
+    file = write_tgz(tmp_path / "good.tgz", good_files())
+    with pytest.raises(
+        InputError, match=r"good\.tgz: cannot be checked, \S+ has no room to unpack it: make room, or set TMPDIR"
+    ):
+        check_submission(file, voc_test)
+    assert full_for_spools == [Path(tempfile.gettempdir())]
+
+
+def test_an_output_that_nobody_reads_is_not_the_fault_of_the_archive(voc_test, tmp_path):
+    def told_to_nobody():
+        yield "2008_000006", labels_of("2008_000006")
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with pytest.raises(BrokenPipeError):
+        write_submission(tmp_path / "voc.tgz", voc_test, told_to_nobody())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_for_somebody_who_does_not_listen_is_not_the_fault_of_the_archive(voc_test, tmp_path, monkeypatch):
+    def told_to_nobody(*arguments):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("dsnet_jax.evaluation.submissions.track", told_to_nobody)
+    with pytest.raises(BrokenPipeError):
+        validate_submission(write_tgz(tmp_path / "good.tgz", good_files()), voc_test)
+
+
 def test_what_cannot_become_a_submission_is_told_before_anything_is_predicted(voc_test, prepared, tmp_path):
     def unwanted():
         raise AssertionError("predicted")
         yield
 
+    (tmp_path / "folder.tgz").mkdir()
     for file, message in (
+        (tmp_path / "folder.tgz", r"folder\.tgz: cannot be written \(Is a directory\): choose another place"),
         (tmp_path / "voc.zip", "ends in .tgz or .tar.gz: rename it"),
         (tmp_path / "none" / "voc.tgz", r"cannot be written \(No such file or directory\)"),
     ):

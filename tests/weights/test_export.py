@@ -156,6 +156,30 @@ def test_what_cannot_be_written_is_told_in_one_line(small_config, random_run, tm
     assert f"{output} cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (".", r"^\. cannot be written \(Is a directory\): give another --output$"),
+        ("models", r"^models cannot be written \(Is a directory\)"),
+        ("none/x", r"^none/x cannot be written \(No such file or directory\)"),
+        ("file/x", r"^file cannot be written \(Not a directory\)"),
+        ("gs://bucket/x", r"^gs://bucket cannot be reached .*pip install -e '\.\[gcs\]'"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_computed(output, message, tmp_path, monkeypatch):
+    def unwanted(*arguments):
+        raise AssertionError("computed")
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # An import raises.
+    monkeypatch.setattr("dsnet_jax.weights.export.describe", unwanted)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=message):
+        export(default_config(), SHAPES, {}, 0, output, "safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "models"]
+
+
 def test_a_network_of_any_size_cannot_have_a_non_local_block(random_run, tmp_path):
     config = default_config()
     config.model.sampling = "nonlocal"
