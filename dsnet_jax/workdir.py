@@ -23,8 +23,8 @@ ANOTHER = "give another --workdir"
 def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
     """Makes the folder if it is not there, and keeps other runs out of it until the end.
 
-    The lock is the system's, on the folder itself: it ends with the process, however that ends. It holds on one machine:
-    NFS hands no lock of a folder on, storage such as `gs://` has none, and there nothing keeps runs of two machines apart.
+    The lock is the system's, on the folder itself: it ends with the process, however that ends. It holds on one
+    machine: NFS hands no lock of a folder on, and storage such as `gs://` has none.
 
     Raises:
       InputError: another run has it, or it cannot be reached or written.
