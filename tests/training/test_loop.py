@@ -395,13 +395,18 @@ def test_another_config_is_refused_in_the_same_workdir(full_run, small_config):
     assert str(raised.value).splitlines()[1:] == ["optimizer.base_lr: 0.1 -> 0.2", "training.epochs: 2 -> 3"]
 
 
-def test_changed_images_are_refused_when_a_run_goes_on(rooms, small_config, tmp_path, monkeypatch):
+def begin_on_a_copy_of(rooms, small_config, tmp_path, monkeypatch):
+    """Two steps, which are saved."""
     shutil.copytree(rooms, tmp_path / "datasets")
     small_config.data.root = str(tmp_path / "datasets")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Broken):
             train(small_config, tmp_path / "run")
+
+
+def test_changed_images_are_refused_when_a_run_goes_on(rooms, small_config, tmp_path, monkeypatch):
+    begin_on_a_copy_of(rooms, small_config, tmp_path, monkeypatch)
     assert Checkpoints(tmp_path / "run", read_only=True).steps() == [2]  # Completed, though stopped.
 
     shutil.copytree(rooms.parent / "source", tmp_path / "source")
@@ -413,12 +418,7 @@ def test_changed_images_are_refused_when_a_run_goes_on(rooms, small_config, tmp_
 
 
 def test_a_changed_validation_split_is_told_when_a_run_goes_on(rooms, small_config, tmp_path, monkeypatch, capsys):
-    shutil.copytree(rooms, tmp_path / "datasets")
-    small_config.data.root = str(tmp_path / "datasets")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Broken):
-            train(small_config, tmp_path / "run")
+    begin_on_a_copy_of(rooms, small_config, tmp_path, monkeypatch)
     shutil.copytree(rooms.parent / "source", tmp_path / "source")
     image = sorted((tmp_path / "source" / "images" / "val").iterdir())[0]
     cv2.imwrite(str(image), 255 - cv2.imread(str(image)))
