@@ -395,6 +395,15 @@ def test_another_config_is_refused_in_the_same_workdir(full_run, small_config):
     assert str(raised.value).splitlines()[1:] == ["optimizer.base_lr: 0.1 -> 0.2", "training.epochs: 2 -> 3"]
 
 
+def test_a_step_without_memory_is_told_with_what_helps(small_config, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.43GiB.")
+
+    monkeypatch.setattr(loop, "lower_step", no_memory)
+    with pytest.raises(InputError, match=r"out of memory: .* 12\.43GiB.*: what helps is .*config\.data\.batch_size"):
+        train(small_config, tmp_path)
+
+
 def begin_on_a_copy_of(rooms, small_config, tmp_path, monkeypatch):
     """Two steps, which are saved."""
     shutil.copytree(rooms, tmp_path / "datasets")
