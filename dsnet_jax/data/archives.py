@@ -14,7 +14,6 @@ import gzip
 import io
 import itertools
 import os
-import re
 import shutil
 import struct
 import tarfile
@@ -25,7 +24,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dsnet_jax.data.decoding import MAX_FILE_BYTES, kind_of_path, names_in, read_file
+from dsnet_jax.data.files import MAX_FILE_BYTES, FolderSource, check_printable, kind_of_path
 from dsnet_jax.errors import InputError
 
 MAX_MEMBERS = 500_000
@@ -37,53 +36,6 @@ MAX_TAR_HEADER_BYTES = 2**14  # Of one member: a long name and its like. Old ver
 MAX_ZIP_LIST_BYTES = 2**25  # Of all members, which zipfile reads as a whole.
 
 _CHUNK_BYTES = 2**20
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Control characters, and what stands for bytes of no UTF-8.
-
-
-class FolderSource:
-    """A data set's files in a folder.
-
-    Attributes:
-      root: path of the folder.
-      passed_over: members that are neither files nor folders: in a folder nothing is.
-    """
-
-    passed_over: tuple[str, ...] = ()
-
-    def __init__(self, path: Path):
-        self.root = str(path)
-
-    def has(self, path: str) -> bool:
-        """Whether there is a file or a folder of that path; raises InputError if the system does not say."""
-        return kind_of_path(path) is not None
-
-    def folders(self, parent: str) -> list[str]:
-        """Names of the folders in `parent`, hidden ones aside, sorted; none if there is no such folder.
-
-        Raises InputError if it cannot be read.
-        """
-        names = [name for name in names_in(parent) if not name.startswith(".")]
-        return sorted(name for name in names if kind_of_path(f"{parent}/{name}") == "folder")
-
-    def files(self, folder: str) -> list[str]:
-        """Paths of all files below `folder`, in linked folders too, sorted; none if there is no such folder.
-
-        Raises:
-          InputError: a folder cannot be read, links go in a circle, or a name cannot be printed.
-        """
-        return sorted(self._files(folder, ()))
-
-    def _files(self, folder: str, above: tuple[str, ...]) -> Iterator[str]:
-        """`above`: where the folders in which this one lies are, all links followed."""
-        if (place := os.path.realpath(folder)) in above:
-            raise InputError(f"{folder}: a link leads here again and again: remove it")
-        for path in (f"{folder}/{name}" for name in names_in(folder)):
-            _check_printable(self.root, path)
-            yield from self._files(path, (*above, place)) if kind_of_path(path) == "folder" else [path]
-
-    def read(self, path: str) -> bytes:
-        """A file's content; raises InputError as `decoding.read_file` does."""
-        return read_file(path)
 
 
 class ArchiveSource:
@@ -197,7 +149,7 @@ class _Members:
 
     def add(self, name: str, size: int, kind: str, member: object):
         """Adds one as its header describes it. `kind`: "file", "folder", or what it is that nobody reads."""
-        _check_printable(self.path, name)
+        check_printable(self.path, name)
         parts = PurePosixPath(name).parts  # Without "." and doubled slashes.
         inside = "/".join(parts)
         if name.startswith("/") or ".." in parts or (kind == "file" and not inside):
@@ -335,11 +287,6 @@ def _write(spool: io.BufferedIOBase, chunk: bytes, path: Path):
 def _check_size(path: str, size: int):
     if size > MAX_FILE_BYTES:
         raise InputError(f"{path}: {size} bytes are more than the limit of {MAX_FILE_BYTES}: make it smaller")
-
-
-def _check_printable(source: Path | str, name: str):
-    if _UNSAFE.search(name):
-        raise InputError(f"{source}: {name!a} is not UTF-8, or has control characters: rename it")
 
 
 def _is_bomb(count: int, compressed_bytes: int) -> bool:

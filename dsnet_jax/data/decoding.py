@@ -13,9 +13,7 @@ Masks are stricter, see `decode_mask`.
 """
 
 import contextlib
-import errno
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Mapping
@@ -32,7 +30,6 @@ from dsnet_jax.errors import InputError
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 MAX_PIXELS = 100_000_000  # Of one image: 300 MB when decoded.
 MAX_SIDE = 65_536  # Pixels. JPEG knows no more; a thin image fills a canvas many times its size.
-MAX_FILE_BYTES = 2**29  # As many bytes as the largest image has as BMP, and more.
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Pillow's own Image.open refuses large images by a limit that belongs to the whole process.
@@ -50,51 +47,6 @@ _QUICK_PNG = {
     (8, "RGB", cv2.IMREAD_COLOR_RGB),
     (8, "palette", cv2.IMREAD_COLOR_RGB),
 }
-
-
-def read_file(path: str | os.PathLike) -> bytes:
-    """The content of an image, a mask or a class list.
-
-    Raises:
-      InputError: it cannot be read, is a folder or a device, or has more than `MAX_FILE_BYTES`.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # Reading a pipe would wait for ever, a device find no end.
-            raise InputError(f"{path}: not a file: remove it")
-        if status.st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path}: {status.st_size} bytes are more than the limit of {MAX_FILE_BYTES}: remove it")
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def kind_of_path(path: str | os.PathLike) -> str | None:
-    """What lies at a path: "file", "folder", or "other" for a pipe or a device; None if nothing does.
-
-    Raises:
-      InputError: the system does not say: a folder above it may not be entered, for instance.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # A link that leads nowhere, or to itself, too.
-            return None
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
-
-
-def names_in(folder: str) -> list[str]:
-    """Names of what lies in a folder, in any order; none if there is no such folder.
-
-    Raises:
-      InputError: it cannot be read.
-    """
-    try:
-        return os.listdir(folder) if kind_of_path(folder) == "folder" else []
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:

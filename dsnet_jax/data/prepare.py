@@ -18,7 +18,8 @@ from dsnet_jax.data.builders import Camvid, Folder, PublishedBuilder, Segmentati
 from dsnet_jax.data.builders.ade20k import Ade20k
 from dsnet_jax.data.builders.pascal_context import PascalContext, PascalContext60
 from dsnet_jax.data.builders.voc2012 import Voc2012
-from dsnet_jax.data.decoding import MAX_PIXELS, kind_of_path
+from dsnet_jax.data.decoding import MAX_PIXELS
+from dsnet_jax.data.files import kind_of_path
 from dsnet_jax.data.published import PublishedSource
 from dsnet_jax.data.records import VERSION, open_builder
 from dsnet_jax.data.specs import IGNORE_LABEL, DatasetSpec

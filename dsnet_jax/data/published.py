@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsnet_jax.data.archives import ArchiveSource, FolderSource, Source, open_source
-from dsnet_jax.data.decoding import kind_of_path
+from dsnet_jax.data.archives import ArchiveSource, Source, open_source
+from dsnet_jax.data.files import FolderSource, kind_of_path
 from dsnet_jax.errors import InputError
 
 SEARCH_DEPTH = 3  # Folders below the one that was given, as in voc/VOCtrainval_11-May-2012/VOCdevkit/VOC2012.

@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 
 from dsnet_jax import parallel
-from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, is_rotated, read_file, read_size_hw
+from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, is_rotated, read_size_hw
 from dsnet_jax.data.drawing import overlay, write_picture
+from dsnet_jax.data.files import read_file
 from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.errors import InputError, writing_into

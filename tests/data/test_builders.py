@@ -14,9 +14,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dsnet_jax.data import builders
-from dsnet_jax.data.archives import FolderSource
 from dsnet_jax.data.builders import Camvid, Folder, Shapes
 from dsnet_jax.data.decoding import decode_image, decode_mask
+from dsnet_jax.data.files import FolderSource
 from dsnet_jax.data.records import open_split
 from dsnet_jax.data.specs import CAMVID, SHAPES, DatasetSpec
 from dsnet_jax.errors import InputError

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from dsnet_jax.data import validation
-from dsnet_jax.data.archives import FolderSource
 from dsnet_jax.data.decoding import decode_mask
+from dsnet_jax.data.files import FolderSource
 from dsnet_jax.data.validation import FoundSplit, Pair, check_splits, content_digest, find_pairs
 from dsnet_jax.errors import InputError
 
