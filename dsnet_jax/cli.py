@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import difflib
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -56,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dsnet: {stopped}; the same command {again}", file=sys.stderr)
         return stopped.exit_code
     except BrokenPipeError:  # Whoever read our output has seen enough, as in `dsnet prepare shapes | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from dsnet_jax.progress import silence
+
+        silence(sys.stdout)
         return 141
 
 
@@ -302,10 +303,9 @@ def _predict(options: argparse.Namespace) -> int:
     from dsnet_jax.training.memory import out_of_memory_explained
 
     parallel.configure()
-    flags = {"protocol": options.protocol, "config_flags": options.config_flags}
-    flags |= {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
+    given = options.workdir, options.step, options.inputs, options.output, options.max_pixels, options.protocol
     with out_of_memory_explained([SMALLER_IMAGES, WINDOWS]):
-        return 1 if predict_files(options.workdir, options.step, options.inputs, options.output, **flags) else 0
+        return 1 if predict_files(*given, options.config_flags) else 0
 
 
 def _predict_submission(options: argparse.Namespace) -> int:

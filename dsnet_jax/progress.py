@@ -22,7 +22,13 @@ def tell(line: str, stream: TextIO) -> None:
     try:
         print(line, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Lets what is written to a stream from now on, or waits in it, go nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

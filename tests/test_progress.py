@@ -35,7 +35,15 @@ def test_what_nobody_reads_any_more_is_told_to_nobody_and_no_error():
     os.close(reader)
     with open(writer, "w") as stream:
         progress.tell("one", stream)
+        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull))
         progress.tell("two", stream)
+
+
+def test_what_is_read_is_told():
+    reader, writer = os.pipe()
+    with open(reader) as read, open(writer, "w") as stream:
+        progress.tell("one", stream)
+        assert read.readline() == "one\n"
 
 
 def test_every_item_passes_through_in_order(clock):

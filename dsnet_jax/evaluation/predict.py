@@ -36,7 +36,7 @@ def predict_files(
     step: int | str | None,
     inputs: Sequence[str],
     output: epath.PathLike,
-    max_pixels: int = LABELLED_PIXELS,
+    max_pixels: int | None = None,
     protocol: str = "ss",
     config_flags: Sequence[str] = (),
 ) -> int:
@@ -52,7 +52,7 @@ def predict_files(
       inputs: image files, and folders, of which files with the ending of an image are taken, not deeper ones.
       output: folder for the pictures; made if it is not there.
       max_pixels: of the largest canvas on which an image is computed, enlarged and mirrored as the protocol does it;
-        what needs more is not decoded.
+        what needs more is not decoded. None: `LABELLED_PIXELS`.
       protocol: one of `protocols.NAMES`.
       config_flags: see `load_trained`.
 
@@ -64,6 +64,7 @@ def predict_files(
         or one over an image, or under a name that is too long, there is no such protocol, or `output` cannot be
         written.
     """
+    limit = LABELLED_PIXELS if max_pixels is None else max_pixels
     files, others, folders = _image_files(inputs)
     output = epath.Path(output)
     names = _output_names(files, output)
@@ -79,7 +80,7 @@ def predict_files(
         for index, file in enumerate(track(files, "labelling images")):
             try:
                 data = read_file(file)
-                image = _decoded(data, file, trained.config.data.image_scale, seen, max_pixels)
+                image = _decoded(data, file, trained.config.data.image_scale, seen, limit)
             except InputError as error:
                 failed.append(file)
                 print(f"dsnet: {error}", file=sys.stderr)
