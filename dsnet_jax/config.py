@@ -68,7 +68,8 @@ def default_config() -> ConfigDict:
     model.deep_supervision = True  # An FCN head on stage4, training only.
     model.deep_supervision_weight = 0.4  # Of its loss.
     model.auxiliary_width = 0  # Channels of that head; 0: model.width. torchvision's FCN has 256 there, 512 in front.
-    model.dtype = "float32"  # Of computation: bfloat16 on accelerators. Parameters, statistics and loss stay float32.
+    model.dtype = "float32"  # Of computation and of the gradients that devices sum: bfloat16 on accelerators.
+    #                          Parameters, statistics and loss stay float32.
 
     config.optimizer = optimizer = ConfigDict()  # SGD with momentum, poly schedule to zero.
     optimizer.base_lr = 0.01  # At step 0, for batches of 32; the multipliers below come on top.
