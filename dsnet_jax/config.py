@@ -83,9 +83,7 @@ def default_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.epochs = 80  # Each of as many steps as the training split fills whole batches.
-    training.accumulation_steps = (
-        1  # A batch goes through the network in so many parts, one after another; the gradient
-    )
+    training.accumulation_steps = 1  # Parts in which a batch goes through the network, one after another; the gradient
     #                                  is that of the whole batch, batch norm's statistics are those of each part.
     training.remat = "none"  # What the gradient computes anew rather than keep. none: nothing; stem: the stem, which
     #                          is cheap; blocks: also what is inside of the backbone's blocks (docs/planning.md).

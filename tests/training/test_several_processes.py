@@ -19,13 +19,13 @@ from dsnet_jax.config import to_json
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.training.loop import train
 
-TRAIN = """
+DSNET = """
 import sys
 from pathlib import Path
 
 import jax
 
-tests, config, workdir, hosts, process = sys.argv[1:]
+tests, command, config, workdir, hosts, process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 2)
 sys.path.insert(0, tests)
 from conftest import FourConvolutions
@@ -40,15 +40,16 @@ config_file.write_text(
     f"def get_config():\\n    return from_json({Path(config).read_text()!r}, 'config')\\n"
 )
 together = [f"--hosts={hosts}", f"--process={process}"]
-sys.exit(cli.main(["train", f"--config={config_file}", f"--workdir={workdir}", *together]))
+of_training = [f"--config={config_file}"] if command == "train" else []
+sys.exit(cli.main([command, *of_training, f"--workdir={workdir}", *together]))
 """
 
 
-def start(config, workdir, process, port):
-    arguments = [Path(__file__).parents[1], config, workdir, f"127.0.0.1:{port},127.0.0.1", process]
+def start(config, workdir, process, port, command="train"):
+    arguments = [Path(__file__).parents[1], command, config, workdir, f"127.0.0.1:{port},127.0.0.1", process]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, *map(str, arguments)],
+        [sys.executable, "-c", DSNET, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -56,11 +57,11 @@ def start(config, workdir, process, port):
     )
 
 
-def start_two(config, workdir):
+def start_two(config, workdir, command="train"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(config, workdir, process, port) for process in range(2)]
+    return [start(config, workdir, process, port, command) for process in range(2)]
 
 
 def lines(workdir):
@@ -90,6 +91,11 @@ def config_file(small_config, tmp_path):
 
 
 def test_two_processes_train_and_score_as_one_stop_together_and_go_on(config_file, small_config, tmp_path, monkeypatch):
+    """From the weights of another run, with batches in two parts and averages of the weights."""
+    train(small_config, tmp_path / "before")
+    small_config.init_from = str(tmp_path / "before")
+    small_config.training.update(ema_decay=0.5, accumulation_steps=2)
+    config_file.write_text(to_json(small_config))
     mesh = parallel.mesh_over(jax.devices()[:4])
     monkeypatch.setattr(parallel, "global_mesh", lambda: mesh)
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
@@ -114,6 +120,13 @@ def test_two_processes_train_and_score_as_one_stop_together_and_go_on(config_fil
     assert [process.returncode for process in two] == [0, 0], ends
     assert "step" in ends[0][0] and "step" not in ends[1][0]  # Only the main process prints, but for Gloo itself.
     assert_agree(lines(tmp_path / "two"), by_one)
+
+    two = start_two(config_file, tmp_path / "two", "evaluate")
+    ends = [process.communicate(timeout=300) for process in two]
+    assert [process.returncode for process in two] == [0, 0], ends
+    assert "written to" in ends[0][0] and "written to" not in ends[1][0]
+    results = json.loads((tmp_path / "two/evaluation/val/results.json").read_text())
+    assert results["miou"] == by_one[-1]["val_miou"]
 
 
 def test_the_death_of_a_process_ends_the_other_with_its_name(config_file, tmp_path):
