@@ -15,7 +15,7 @@ from dsnet_jax.config import FREE_FIELDS, differences, from_json, to_json
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError, reaching, writing_into
 
-CONFIG, SPEC = "config.json", "dataset.json"
+CONFIG, SPEC, LOCK = "config.json", "dataset.json", ".lock"
 ANOTHER = "give another --workdir"
 
 
@@ -23,8 +23,8 @@ ANOTHER = "give another --workdir"
 def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
     """Makes the folder if it is not there, and keeps other runs out of it until the end.
 
-    The lock is the system's, on the folder itself: it ends with the process, however that ends. It holds on one
-    machine: NFS hands no lock of a folder on, and storage such as `gs://` has none.
+    The lock is the system's, on an empty file there, which stays: it ends with the process, however that ends. Where
+    Linux mounts NFS the server keeps it, for all machines. Storage such as `gs://` has none.
 
     Raises:
       InputError: another run has it, or it cannot be reached or written.
@@ -35,9 +35,8 @@ def locked_workdir(workdir: epath.PathLike) -> Iterator[None]:
     if is_remote(workdir):
         yield
         return
-    if not os.access(workdir, os.W_OK):
-        raise InputError(f"{workdir} cannot be written (Permission denied): {ANOTHER}")
-    lock = os.open(workdir, os.O_RDONLY)
+    with writing_into(workdir, ANOTHER):  # NFS hands on no lock of a folder, nor of a file that is open to be read.
+        lock = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -52,6 +53,17 @@ def test_a_folder_that_cannot_be_locked_is_told_and_used(tmp_path, monkeypatch, 
     with caplog.at_level("WARNING", "absl"), locked_workdir(tmp_path):
         claim_workdir(tmp_path, default_config(), SHAPES)
     assert "cannot be locked (No locks available): nothing keeps two runs apart" in caplog.text
+
+
+def test_the_lock_is_on_a_file_open_for_writing(tmp_path, monkeypatch):
+    """As NFS needs it to ask the server for an exclusive lock."""
+    locked = []
+    monkeypatch.setattr(
+        fcntl, "flock", lambda file, _: locked.append((os.fstat(file), fcntl.fcntl(file, fcntl.F_GETFL)))
+    )
+    with locked_workdir(tmp_path / "run"):
+        ((status, flags),) = locked
+    assert stat.S_ISREG(status.st_mode) and flags & os.O_ACCMODE == os.O_RDWR
 
 
 def test_a_workdir_without_its_classes_is_an_error_in_one_line(tmp_path):

@@ -23,7 +23,7 @@ from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.weights.torch_files import read_arrays, sha256_of
 from dsnet_jax.weights.torchvision import LEFT_OUT, RELEASES, SAVED_AGAIN, Conversion, Layout, convert, recognise
-from dsnet_jax.workdir import claim_workdir, locked_workdir, write_text
+from dsnet_jax.workdir import LOCK, claim_workdir, locked_workdir, write_text
 
 PORT = "port.json"  # Where the weights of a folder come from.
 MAX_NAMES = 10
@@ -182,7 +182,7 @@ def _read_port(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def _refuse_what_is_there(folder: epath.Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise InputError(f"{folder} {'holds something' if folder.is_dir() else 'is a file'}: give a new --workdir")
 
 
