@@ -20,7 +20,7 @@ from dsnet_jax.evaluation.protocols import Protocol
 from dsnet_jax.ops.extent import CANVAS_MULTIPLE, Extent
 from dsnet_jax.ops.resize import bilinear_weights, resize_bilinear
 
-WINDOWS = 4  # Of an image, that the network sees at a time.
+WINDOWS = 4  # Of an image, that the network sees at a time: this many, or a number near to it.
 Network = Callable[[jax.Array, Extent], jax.Array]  # Normalised images [B, H, W, 3] -> logits [B, h, w, K], float32.
 
 
@@ -125,13 +125,14 @@ def _windows(network, images, extent, label_hw, label_canvas_hw, protocol) -> Pa
 
 
 def _windows_at_once(count: int, window_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> int:
-    """How many of an image's windows the network sees at a time: a divisor of their number.
+    """How many of an image's windows the network sees at a time: a divisor of their number, so that none is in vain.
 
     One would leave a CPU's cores, or an accelerator, half idle. Together they have less than twice the canvas's pixels;
-    and they are not more than `WINDOWS`, so that what the network needs does not grow with the image.
+    and they are not more than 7, so that what the network needs does not grow with the image.
     """
-    most = min(-(-math.prod(canvas_hw) // math.prod(window_hw)), WINDOWS)
-    return next(number for number in range(min(most, count), 0, -1) if count % number == 0)
+    most = min(count, -(-2 * math.prod(canvas_hw) // math.prod(window_hw)) - 1, 2 * WINDOWS - 1)
+    divisors = [number for number in range(1, most + 1) if count % number == 0]
+    return min(reversed(divisors), key=lambda number: abs(number - WINDOWS))
 
 
 def mirror(images: jax.Array, widths: jax.Array) -> jax.Array:

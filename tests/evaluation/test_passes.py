@@ -126,11 +126,18 @@ def test_probabilities_are_those_of_a_plain_loop_over_bare_images(one_convolutio
     assert_equal_to_the_plain_loop(*one_convolution, SIZES_HW, PROTOCOLS[name], label_scale)
 
 
-@pytest.mark.parametrize("canvas_hw, most", [((512, 512), 1), ((544, 544), 2), ((1024, 1024), 4), ((3072, 4096), 4)])
+@pytest.mark.parametrize("canvas_hw, most", [((512, 512), 1), ((544, 544), 2), ((1024, 1024), 7), ((3072, 4096), 7)])
 def test_few_windows_are_seen_at_a_time_however_large_the_image(canvas_hw, most):
     counts = range(1, 200)
     found = [_windows_at_once(count, (512, 512), canvas_hw) for count in counts]
     assert max(found) == most and all(count % together == 0 for count, together in zip(counts, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "count, together", [(2, 2), (5, 5), (6, 3), (7, 7), (8, 4), (11, 1), (15, 5), (25, 5), (49, 7)]
+)
+def test_one_window_at_a_time_is_seen_only_if_their_number_has_no_small_divisor(count, together):
+    assert _windows_at_once(count, (512, 512), (3072, 4096)) == together
 
 
 @pytest.mark.parametrize("name", ["ms_flip", "slide"])
