@@ -1,16 +1,18 @@
 """DSNet-R101 on ADE20K: the paper's Table 4, from ImageNet weights. Not run.
 
+    dsnet prepare ade20k --source=/data/archives
     dsnet port resnet101-63fe2227.pth --workdir=weights/resnet101
-    dsnet train --config=configs/ade20k_dsnet_r101.py --workdir=runs/ade20k_dsnet_r101/cgds
-    dsnet evaluate --workdir=runs/ade20k_dsnet_r101/cgds --protocol=ms_flip
+    dsnet train --config=configs/ade20k_dsnet_r101.py --workdir=runs/ade20k_dsnet_r101-seed0
+    dsnet evaluate --workdir=runs/ade20k_dsnet_r101-seed0 --protocol=ms_flip
 
 The paper: 46.37 mIoU on val, with flips and scales, as we read "when evaluating our model". The table's other rows are
 figures of other papers (PSPNet 44.94, EncNet 44.65, OCNet 45.08, APCNet 45.38, CFNet 44.89). Networks that we have,
 under the protocol of this file, with names of `dsnet_jax/variants.py`:
 
-    dsnet train --config=configs/ade20k_dsnet_r101.py:aspp --workdir=runs/ade20k_dsnet_r101/aspp
-    dsnet train --config=configs/ade20k_dsnet_r101.py:pspnet --workdir=runs/ade20k_dsnet_r101/pspnet
-    dsnet train --config=configs/ade20k_dsnet_r101.py:deeplabv3plus --workdir=runs/ade20k_dsnet_r101/deeplabv3plus
+    dsnet train --config=configs/ade20k_dsnet_r101.py:aspp --workdir=runs/ade20k_dsnet_r101-aspp-seed0
+    dsnet train --config=configs/ade20k_dsnet_r101.py:pspnet --workdir=runs/ade20k_dsnet_r101-pspnet-seed0
+    dsnet evaluate --workdir=runs/ade20k_dsnet_r101-pspnet-seed0 --protocol=ms_flip
+    dsnet train --config=configs/ade20k_dsnet_r101.py:deeplabv3plus --workdir=runs/ade20k_dsnet_r101-deeplabv3plus-seed0
 """
 
 from dsnet_jax.config import default_config

@@ -1,20 +1,24 @@
 """DSNet-R101 on PASCAL Context: the paper's Table 5, from ImageNet weights. Not run.
 
+    dsnet prepare pascal_context --source=/data/archives
     dsnet port resnet101-63fe2227.pth --workdir=weights/resnet101
-    dsnet train --config=configs/pascal_context_dsnet_r101.py --workdir=runs/pascal_context_dsnet_r101/cgds
-    dsnet evaluate --workdir=runs/pascal_context_dsnet_r101/cgds --protocol=ms_flip
+    dsnet train --config=configs/pascal_context_dsnet_r101.py --workdir=runs/pascal_context_dsnet_r101-seed0
+    dsnet evaluate --workdir=runs/pascal_context_dsnet_r101-seed0 --protocol=ms_flip
 
 The paper: 54.2 mIoU, without saying of how many classes. Papers mix three figures: of the 59 classes, which this file
 trains; of 60, with background as a class; and that of the 59 times 59/60. For the second:
 
-    dsnet train --config=configs/pascal_context_dsnet_r101.py --workdir=runs/pascal_context_dsnet_r101/with_background \
-        --config.data.name=pascal_context_60
+    dsnet prepare pascal_context_60 --source=/data/archives
+    dsnet train --config=configs/pascal_context_dsnet_r101.py --config.data.name=pascal_context_60 \
+        --workdir=runs/pascal_context_dsnet_r101-pascal_context_60-seed0
+    dsnet evaluate --workdir=runs/pascal_context_dsnet_r101-pascal_context_60-seed0 --protocol=ms_flip
 
 The table's other rows are figures of other papers. Other networks under the protocol of this file, with names of
 `dsnet_jax/variants.py`:
 
-    dsnet train --config=configs/pascal_context_dsnet_r101.py:aspp --workdir=runs/pascal_context_dsnet_r101/aspp
-    dsnet train --config=configs/pascal_context_dsnet_r101.py:pspnet --workdir=runs/pascal_context_dsnet_r101/pspnet
+    dsnet train --config=configs/pascal_context_dsnet_r101.py:aspp --workdir=runs/pascal_context_dsnet_r101-aspp-seed0
+    dsnet train --config=configs/pascal_context_dsnet_r101.py:pspnet \
+        --workdir=runs/pascal_context_dsnet_r101-pspnet-seed0
 """
 
 from dsnet_jax.config import default_config

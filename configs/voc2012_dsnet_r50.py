@@ -1,11 +1,12 @@
 """DSNet-R50 on PASCAL VOC 2012, trained on the augmented set: the base of the paper's Table 1.
 
+    dsnet prepare voc2012 --source=/data/archives
     dsnet port resnet50-0676ba61.pth --workdir=weights/resnet50
-    dsnet train --config=configs/voc2012_dsnet_r50.py --workdir=runs/voc2012_dsnet_r50
-    dsnet evaluate --workdir=runs/voc2012_dsnet_r50
+    dsnet train --config=configs/voc2012_dsnet_r50.py --workdir=runs/voc2012_comparison-cgds-seed0
+    dsnet evaluate --workdir=runs/voc2012_comparison-cgds-seed0
 
 The paper: 79.0 mIoU on val with X(3) and X(ASPP), from ImageNet weights. Its text brings deep supervision in later, so
-we read Table 1 as without. Not run.
+we read Table 1 as without. It is the row `cgds` of voc2012_comparison.py, in whose workdir it is trained. Not run.
 """
 
 from dsnet_jax.config import default_config

@@ -92,7 +92,7 @@ def test_other_commands_are_of_what_is_trained(file):
             form = FORMATS[experiments[options.workdir].data.name]
             assert options.split == "test" and Path(options.submission).suffix == form.archive
         elif options.command == "prepare":
-            assert {options.data_set} == data_sets
+            assert options.data_set in data_sets
         else:
             assert options.command in ("train", "port")
 
@@ -130,8 +130,8 @@ def test_every_row_of_a_comparison_differs_from_dsnet_by_what_its_variant_says(c
 
 def test_fine_tuning_starts_from_the_run_of_the_same_file_at_a_tenth_of_its_rate():
     experiments = trained(FOLDER / "voc2012_dsnet_r101.py")
-    for split, workdir in (("train", "finetune_train"), ("trainval", "trainval")):
-        tuned = experiments[f"runs/voc2012_dsnet_r101/{workdir}"]
+    for split in ("train", "trainval"):
+        tuned = experiments[f"runs/voc2012_dsnet_r101-finetune_{split}-seed0"]
         first = experiments[tuned.init_from]
         assert first.init_from == "weights/resnet101" and first.data.train_split == "train_aug"
         assert set(differences(first, tuned)) == {"init_from", "data.train_split", "optimizer.base_lr"}
@@ -142,7 +142,7 @@ def test_fine_tuning_starts_from_the_run_of_the_same_file_at_a_tenth_of_its_rate
 @pytest.mark.parametrize(("stage", "field"), [("baseline", "deep_supervision"), ("deeplabv3plus", "name")])
 def test_what_table_2_compares_differs_from_dsnet_in_one_field(stage, field):
     experiments = trained(FOLDER / "voc2012_dsnet_r101.py")
-    dsnet, other = (experiments[f"runs/voc2012_dsnet_r101/{name}"] for name in ("train_aug", stage))
+    dsnet, other = (experiments[f"runs/voc2012_dsnet_r101{name}-seed0"] for name in ("", f"-{stage}"))
     assert set(differences(dsnet, other)) == {f"model.{field}"}
 
 
@@ -178,6 +178,26 @@ def test_an_argument_that_there_is_not_is_refused_with_those_that_are(file):
     with pytest.raises(InputError, match="there is no 'nothing' here: one of ") as raised:
         load_config([f"--config={FOLDER / file}.py:nothing"])
     assert raised.value.exit_code == 2
+
+
+@pytest.fixture
+def tables_runs(monkeypatch):
+    """scripts/tables_runs.py."""
+    monkeypatch.syspath_prepend(FOLDER.parent / "scripts")
+    import tables_runs
+
+    yield tables_runs
+    sys.modules.pop("tables_runs")
+
+
+def test_the_tables_find_what_a_docstring_trains_and_scores(tables_runs):
+    for run in tables_runs.planned("cpu", seeds=1) + tables_runs.planned("paper", seeds=1):
+        file, workdir = FOLDER / run.config.partition(":")[0], f"runs/{run.name}"
+        assert trained(file)[workdir] == run.load(), run.name
+        done = {(options.workdir, options.protocol) for options, _ in parsed(file) if "protocol" in options}
+        if f"`dsnet evaluate --workdir=runs/{file.stem}-NAME-seed0`" in runpy.run_path(str(file))["__doc__"]:
+            done.add((workdir, "ss"))  # "For each."
+        assert {(workdir, protocol) for protocol in run.protocols} <= done, run.name
 
 
 @pytest.fixture
