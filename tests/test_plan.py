@@ -226,6 +226,14 @@ def test_the_printed_plan_has_every_figure(config, capsys, monkeypatch, compiled
     ]
 
 
+def test_a_ceiling_that_a_compiler_does_not_tell_is_said_to_be_unknown(config, capsys, monkeypatch):
+    found = Compiled(0, 0, 0, 2_000_000_000, 0, None, {})
+    monkeypatch.setitem(TARGETS, "board", Target("cpu", memory=4e9, flops=1e12, bandwidth=1e11, usable=0.75))
+    monkeypatch.setattr(plan, "compile_for", lambda platform, lowered: found)
+    plan.plan(config, "board", num_classes=3)
+    assert "ceiling by memory: not known, this compiler does not say" in capsys.readouterr().out
+
+
 def test_a_compiler_at_work_is_ended_by_a_signal(config, monkeypatch, compiled_by_a_formula):
     handlers, compile_for = [], plan.compile_for
 

@@ -152,7 +152,9 @@ def _ceilings(target: Target, found: Compiled, devices: int, batch_per_device: i
     if target.flops:
         rate = devices * target.flops / flops
         lines.append(f"ceiling by arithmetic: {rate:,.0f} images/s, at {target.flops / 1e12:,.0f} TFLOP/s a device")
-    if target.bandwidth and found.accessed:
+    if target.bandwidth and not found.accessed:
+        lines.append("ceiling by memory: not known, this compiler does not say what a step reads and writes")
+    elif target.bandwidth:
         rate = devices * batch_per_device * target.bandwidth / found.accessed
         lines.append(
             f"ceiling by memory: {rate:,.0f} images/s, at {target.bandwidth / 1e9:,.0f} GB/s and "
