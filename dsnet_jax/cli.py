@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from dsnet_jax import cli_export, cli_inspect
 from dsnet_jax.errors import InputError
+from dsnet_jax.progress import silence, tell
 from dsnet_jax.stopping import Stopped, raising
 
 # What helps the commands that label images where memory does not suffice.
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 1 for input that cannot be used, 2 for a command line that cannot, 130 after Ctrl-C, 143 after
-      SIGTERM, 141 when nobody reads the output any more.
+      SIGTERM, 129 after SIGHUP, 141 when nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -52,11 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except Stopped as stopped:
         again = "goes on from what was saved" if arguments[:1] == ["train"] else "begins anew"
-        print(f"dsnet: {stopped}; the same command {again}", file=sys.stderr)
+        tell(f"dsnet: {stopped}; the same command {again}", sys.stderr)  # Its terminal may be gone.
         return stopped.exit_code
     except BrokenPipeError:  # Whoever read our output has seen enough, as in `dsnet prepare shapes | head`.
-        from dsnet_jax.progress import silence
-
         silence(sys.stdout)
         return 141
 
@@ -275,7 +274,7 @@ def _together(options: argparse.Namespace) -> Iterator[None]:
         yield
     except (InputError, Stopped) as end:
         if processes.count() > 1:  # Otherwise `main` tells it.
-            print(f"dsnet: {end}", file=sys.stderr)
+            tell(f"dsnet: {end}", sys.stderr)
             processes.report_failure(str(end).splitlines()[0], end.exit_code)
         raise
     processes.leave()

@@ -6,9 +6,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TextIO, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -48,6 +45,17 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    # Here, since every command imports this file and few draw a bar.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         yield from progress.track(items, total=total, description=description)

@@ -1,4 +1,8 @@
-"""What SIGTERM (a preemption) and Ctrl-C do: the work ends at a safe point; a second signal ends it at once."""
+"""What SIGTERM (a preemption), Ctrl-C and a terminal that closes do: the work ends at a safe point.
+
+A second signal ends it at once, but no SIGHUP: a machine that shuts down sends it together with SIGTERM, a terminal
+more than once. Whoever had it ignored, as `nohup` does, meant it.
+"""
 
 import contextlib
 import os
@@ -8,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_SIGNAL_SECONDS = 0.2  # One that comes so soon after the first is the same: launchers tell a process and its group.
 
 
@@ -17,7 +21,7 @@ class Stopped(BaseException):
 
     Attributes:
       signal: number of the signal that asked for it.
-      exit_code: 143 for SIGTERM, 130 for Ctrl-C, as shells count.
+      exit_code: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP, as shells count.
     """
 
     def __init__(self, number: int):
@@ -116,7 +120,7 @@ def _watched(told: str) -> Iterator[None]:
                 line = f"dsnet: {signal.Signals(number).name}: {told}; once more stops at once\n"
                 with contextlib.suppress(OSError):  # Whoever read it may be gone.
                     os.write(2, line.encode())
-            elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            elif number != signal.SIGHUP and time.monotonic() - first > SAME_SIGNAL_SECONDS:
                 os._exit(128 + number)
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)
@@ -138,7 +142,8 @@ def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers
     if not _in_main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    handled = [number for number in SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:

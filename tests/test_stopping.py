@@ -12,7 +12,15 @@ import pytest
 from dsnet_jax.stopping import SAME_SIGNAL_SECONDS, SIGNALS, Stopped, deferred, raising, unhandled
 
 
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """SIGHUP, as `nohup` would have it for the tests and for the programs that they start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_raises_what_no_except_exception_catches(number, exit_code):
     with pytest.raises(Stopped, match=f"stopped by {number.name}") as raised, raising():
         try:
@@ -119,6 +127,33 @@ with deferred():
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 143
+
+
+def test_a_closing_terminal_is_no_second_signal():
+    program = """
+import time
+from dsnet_jax.stopping import deferred
+with deferred() as request:
+    print("here", flush=True)
+    time.sleep(1)
+    print(request.signal)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGTERM)
+    process.stderr.readline()
+    time.sleep(2 * SAME_SIGNAL_SECONDS)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, b"15\n")
+
+
+@pytest.mark.parametrize("context", [raising, deferred, unhandled])
+def test_a_closing_terminal_that_is_ignored_stays_so(context):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As by nohup.
+    with context():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_other_signals_that_python_handles_are_not_counted(capfd):

@@ -195,9 +195,9 @@ def _iterate(dataset: grain.MapDataset, read_threads: int, worker_count: int = 0
 def _start_worker(worker_index: int, worker_count: int):
     """Runs first in every worker process: it is the training process that decides when a worker ends."""
     cv2.setNumThreads(0)
-    # Ctrl-C and a preemption may signal the whole group: the training process still finishes its step and saves.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # They may be sent to the whole group: the training process still finishes its step and saves.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
