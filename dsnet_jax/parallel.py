@@ -107,8 +107,13 @@ def local_mesh() -> Mesh:
 
 
 def mesh_over(devices: Sequence[jax.Device]) -> Mesh:
-    """The one axis over these devices, attached ones or only described."""
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    """The one axis over these devices, attached ones or only described, those of a process side by side.
+
+    So a process's part of a batch is one block of it, wherever its devices lie. `jax.make_mesh` orders them by their
+    places, for the sake of several axes, and refuses machines that are a slice each, as XLA counts GPU nodes.
+    """
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

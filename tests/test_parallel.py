@@ -1,5 +1,6 @@
 """Meshes and shardings."""
 
+import dataclasses
 import mmap
 import os
 import subprocess
@@ -20,6 +21,14 @@ def test_the_meshes_have_one_axis_over_all_devices():
     for mesh in (parallel.global_mesh(), parallel.local_mesh()):
         assert mesh.axis_names == (parallel.AXIS,) and mesh.size == 8
         assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_devices_of_a_process_are_side_by_side_also_where_machines_are_slices():
+    """As on GPU nodes, each of which XLA counts as a slice."""
+    Device = dataclasses.make_dataclass("Device", ["process_index", "id", "slice_index"], frozen=True)
+    devices = [Device(process, number, process) for process, number in [(1, 3), (0, 0), (1, 2), (0, 1)]]
+    ordered = parallel.mesh_over(devices).devices
+    assert [(device.process_index, device.id) for device in ordered] == [(0, 0), (0, 1), (1, 2), (1, 3)]
 
 
 def test_a_batch_is_split_by_image_and_keeps_order_and_type():
