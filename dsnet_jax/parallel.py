@@ -63,6 +63,16 @@ def quicken_scatter_on_cuda() -> None:
         logging.warning("XLA_FLAGS: %s is added: jaxlib %s is slow on GPUs without it", added, jaxlib.__version__)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """XLA's, beside its defaults, for a program of all processes.
+
+    On GPUs they share the work of trying kernels out, and each waits up to a day for what the others find. A process
+    that has the program in its cache tries nothing: one whose cache, on another machine, has not would wait in vain.
+    """
+    on_gpus = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return {"xla_gpu_shard_autotuning": False} if on_gpus and jax.process_count() > 1 else {}
+
+
 def _computes_on_cpu() -> bool:
     """As far as can be told before JAX looks for devices, which would be too early for `jax.distributed`."""
     if jax.config.jax_platforms:

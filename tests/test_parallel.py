@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -136,6 +137,15 @@ def test_gpus_scatter_quickly_also_with_the_jaxlib_that_needs_to_be_told(
         parallel.configure()
     assert os.environ["XLA_FLAGS"] == after
     assert (QUICK in caplog.text) == (before != after)
+
+
+@pytest.mark.parametrize(("platform", "processes", "any_"), [("gpu", 2, True), ("gpu", 1, False), ("tpu", 2, False)])
+def test_several_processes_with_gpus_do_not_share_the_trying_out_of_kernels(platform, processes, any_, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    options = parallel.compiler_options(mesh)
+    assert bool(options) == any_
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)  # XLA refuses names that it does not know.
 
 
 def test_a_process_that_computes_on_the_cpu_of_a_machine_with_gpus_is_left_alone(monkeypatch):

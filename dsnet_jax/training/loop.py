@@ -211,7 +211,8 @@ class _Run:
 
     def compile(self, step_function: StepFunction, mesh: Mesh) -> StepFunction:
         began = time.monotonic()
-        compiled = lower_step(self.config, step_function, self.state, mesh).compile()
+        lowered = lower_step(self.config, step_function, self.state, mesh)
+        compiled = lowered.compile(compiler_options=parallel.compiler_options(mesh))
         _say(f"the step is compiled, in {duration(time.monotonic() - began)}")
         return compiled
 
