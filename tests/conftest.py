@@ -67,6 +67,20 @@ def optimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """Counts programs of whatever kind that are compiled, or found in the compilation cache."""
+    counted = []
+
+    def count(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counted
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
 @pytest.fixture(scope="session")
 def random_variables() -> Callable[..., dict[str, Any]]:
     """Called with a module and its inputs, gives float32 variables in which nothing is 0 or 1 as it is at the start.

@@ -124,6 +124,17 @@ def test_arrays_come_with_the_sharding_asked_for_whatever_the_number_of_devices(
         assert_bit_equal(state, trees(1))
 
 
+def test_saving_from_eight_devices_compiles_nothing(tmp_path, compilations):
+    """A program for each shape and device took a minute, out of the half that a preemption gives."""
+    checkpoints = Checkpoints(tmp_path)
+    state = {"variables": {"kernel": np.ones((8, 7, 11), np.float32), "bias": np.ones(88, np.float32)}}
+    state = jax.device_put(state, parallel.replicated(parallel.global_mesh()))
+    compilations.clear()
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    assert compilations == []
+
+
 def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
     save_all(tmp_path, None, None)
     with pytest.raises(InputError) as raised:

@@ -86,20 +86,6 @@ def test_the_counts_do_not_depend_on_the_batch_size_and_padding_is_counted(rando
     assert [found.programs for found in results] == [2, 1]
 
 
-@pytest.fixture
-def compilations():
-    """Counts programs of whatever kind that are compiled, or found in the compilation cache."""
-    counted = []
-
-    def count(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    yield counted
-    jax.monitoring.unregister_event_duration_listener(count)
-
-
 class OneConvolution(nn.Module):
     """In the place of a network, where it matters only how often it is compiled."""
 
