@@ -1,16 +1,19 @@
 """Weights of another run: taken where they fit, new where classes differ, refused where the network does."""
 
 import dataclasses
+import zlib
 
 import jax
 import numpy as np
 import pytest
 
+from dsnet_jax import processes
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.data.records import open_split
 from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.experiment import build_model, initial_variables
+from dsnet_jax.training import loop
 from dsnet_jax.training.init_from import init_from
 from dsnet_jax.training.loop import train
 from dsnet_jax.weights.safetensors import to_safetensors
@@ -115,3 +118,23 @@ def test_a_run_starts_from_the_weights_of_another_and_goes_on_from_its_own(rando
     assert Checkpoints(tmp_path / "tuned", read_only=True).steps()[-1] == 3
     train(small_config, tmp_path / "tuned")
     assert "all 3 steps are done" in capsys.readouterr().out
+
+
+def test_processes_agree_on_the_weights_that_they_start_from(random_run, small_config, tmp_path, monkeypatch):
+    """Each reads its machine's own copy."""
+    asked, all_agree = {}, loop._all_agree
+
+    def ask(what, found, advice):
+        asked[what] = found
+        if what == str(random_run):  # What follows where another process has found something else.
+            monkeypatch.setattr(processes, "sum_over_processes", lambda own: own + 1)
+        all_agree(what, found, advice)
+
+    monkeypatch.setattr(loop, "_all_agree", ask)
+    small_config.init_from = str(random_run)
+    with pytest.raises(
+        InputError, match="is not the same in all processes, here it holds weights of checksum .*: copy"
+    ):
+        train(small_config, tmp_path / "tuned")
+    weights = b"".join(array.tobytes() for array in leaves(load_trained(random_run).variables).values())
+    assert asked[str(random_run)] == f"holds weights of checksum {zlib.crc32(weights):08x}"
