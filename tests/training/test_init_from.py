@@ -132,9 +132,7 @@ def test_processes_agree_on_the_weights_that_they_start_from(random_run, small_c
 
     monkeypatch.setattr(loop, "_all_agree", ask)
     small_config.init_from = str(random_run)
-    with pytest.raises(
-        InputError, match="is not the same in all processes, here it holds weights of checksum .*: copy"
-    ):
+    with pytest.raises(InputError, match="is not the same in all processes, here it holds weights of checksum "):
         train(small_config, tmp_path / "tuned")
     weights = b"".join(array.tobytes() for array in leaves(load_trained(random_run).variables).values())
     assert asked[str(random_run)] == f"holds weights of checksum {zlib.crc32(weights):08x}"
