@@ -1,5 +1,6 @@
 """The tables as Markdown, made of the facts alone: the same facts give the same text."""
 
+import json
 import shlex
 import statistics
 from collections.abc import Iterable
@@ -201,8 +202,11 @@ def _paper_row(row: dict, folder: Path, fields: Iterable[str]) -> list[str]:
     if not seeds:
         return [row["system"], paper, "not run", f"`{protocol}`", *[NOTHING] * 4]
     found = list(seeds.values())
-    ours = "trained; the server has to score it"
-    if not on_server:
+    if on_server:
+        answers = [answer for seed in seeds if (answer := _answer_of_server(run_of(row, seed), folder))]
+        mious, pages = [answer["miou"] for answer in answers], [f"[answer]({answer['url']})" for answer in answers]
+        ours = f"{_percent(mious)}: {', '.join(pages)}" if answers else "trained; the server has to score it"
+    else:
         ours = _percent(facts["scores"][protocol]["miou"] * of / out_of for facts in found)
     return [
         row["system"],
@@ -214,6 +218,12 @@ def _paper_row(row: dict, folder: Path, fields: Iterable[str]) -> list[str]:
         ", ".join(dict.fromkeys(facts["hardware"] for facts in found)),
         "; ".join(_files(run_of(row, seed), folder) for seed in seeds),
     ]
+
+
+def _answer_of_server(run: Run, folder: Path) -> dict | None:
+    """What a benchmark's server says of a run, written by hand beside its facts: `miou`, a fraction, and `url`."""
+    file = folder / f"{run.name}.server.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _commands(table: dict) -> str:

@@ -305,6 +305,10 @@ def test_one_training_is_scored_by_all_protocols_of_its_rows(stage):
     assert row_of(stage.page, "base")[1:6] == ["80.98", "50.00", "`ss`", "0", "10"]
     assert row_of(stage.page, "base, flip")[1:3] == ["81.63", "51.00"]
     assert row_of(stage.page, "tuned")[2] == "trained; the server has to score it"
+    answer = stage.folder / "docs" / "results" / "big-tuned-seed0.server.json"
+    answer.write_text('{"miou": 0.851, "url": "http://host.robots.ox.ac.uk:8080/anonymous/X.html"}')
+    assert stage.main() == 0
+    assert row_of(stage.page, "tuned")[2] == "85.10: [answer](http://host.robots.ox.ac.uk:8080/anonymous/X.html)"
     assert row_of(stage.page, "another")[1:3] == ["62.2", "*published*"]
     assert "--config.init_from=runs/big-seed0 --workdir=runs/big-tuned-seed0" in stage.page.read_text()
     facts = stage.facts("big-seed0")
