@@ -1,7 +1,8 @@
 """dynamic_sampling_conv and its gradient, beside torchvision's deform_conv2d and XLA's dense convolution.
 
-All in float32. The gradient is the value and its gradients by features, offsets and kernel; the dense convolution has
-no offsets. The memory of the gradient is shown by the side of the kernel.
+Also beside its own formulation without gather and scatter, which a CPU does not take. All in float32. The gradient is
+the value and its gradients by features, offsets and kernel; the dense convolution has no offsets. The memory of the
+gradient is shown by the side of the kernel.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from dsnet_jax.ops import dynamic_sampling_conv
 
 ROUNDS = 11
 OURS, DENSE, THEIRS = "dynamic_sampling_conv", "dense convolution, XLA", "deform_conv2d, PyTorch"
+HAT = "dynamic_sampling_conv by hat matrices"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,7 @@ def run(options: argparse.Namespace) -> harness.Report:
         raise InputError(f"--kernel is {options.kernel}: a positive odd number is needed", exit_code=2)
     ours, taking = _program(dynamic_sampling_conv, options, options.kernel, gathering=True)
     dense, _ = _program(_dense_convolution, options, options.kernel, gathering=False)
+    hat, _ = _program(partial(dynamic_sampling_conv, formulation="hat"), options, options.kernel, gathering=True)
     flags = [f"--kernel={options.kernel}", f"--reach={options.reach}", "--shape", *options.shape]
     with harness.peer(options, "operator_torch.py", [f"--threads={options.threads}", *flags]) as peer:
         tasks = []
@@ -46,9 +49,10 @@ def run(options: argparse.Namespace) -> harness.Report:
                 OURS: partial(ours, what),
                 DENSE: partial(dense, what),
                 THEIRS: peer and partial(peer.seconds, what),
+                HAT: partial(hat, what),
             }
             seconds = harness.in_turns(sides, options, calls=2)
-            tasks.append(harness.Task(what, seconds, [(OURS, THEIRS), (OURS, DENSE)]))
+            tasks.append(harness.Task(what, seconds, [(OURS, THEIRS), (OURS, DENSE), (OURS, HAT)]))
         versions = peer and peer.versions
     megabytes = {options.kernel: taking / 1e6}
     for side in {3, 5, 7} - {options.kernel}:
