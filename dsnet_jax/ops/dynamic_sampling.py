@@ -9,6 +9,7 @@ import jax
 from jax.export import is_symbolic_dim
 
 from dsnet_jax.ops import sampling_by_gather, sampling_by_products
+from dsnet_jax.ops.manual_axes import varying_alike
 from dsnet_jax.ops.taps import Taps
 
 FORMULATIONS = {"gather": sampling_by_gather, "hat": sampling_by_products}
@@ -35,6 +36,9 @@ def dynamic_sampling_conv(
     for the gradient, which samples anew, so that no buffer of k*k samples exists. At a whole number the gradient by an
     offset is the forward difference, as PyTorch's is.
 
+    It may be called inside of `jax.vmap`, `jax.checkpoint` and `jax.shard_map`; on a mesh with explicit axes (the default
+    of `jax.make_mesh`) by `jax.sharding.auto_axes`.
+
     Source: DSNet, equation 2; with `modulation`, Deformable ConvNets v2, equation 1.
 
     Args:
@@ -60,7 +64,7 @@ def dynamic_sampling_conv(
         raise ValueError(f"modulation is {modulation.shape}: {offsets.shape[:-1]} is needed")
     if formulation not in (None, *FORMULATIONS):
         raise ValueError(f"formulation is {formulation!r}: one of {[*FORMULATIONS]}, or None, is needed")
-    return _convolve(formulation, features, offsets, kernel, modulation)
+    return _convolve(formulation, *varying_alike(features, offsets, kernel, modulation))
 
 
 def _run(function: str, formulation: str | None, features: jax.Array, *arguments):

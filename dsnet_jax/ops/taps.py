@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dsnet_jax.ops.manual_axes import zeros
 from dsnet_jax.ops.precision import at_least_float32
 
 
@@ -43,7 +44,7 @@ class Taps:
 
     def zeros(self) -> "Taps":
         """Gradients of nothing yet, in float32 or wider."""
-        return jax.tree.map(lambda x: at_least_float32(jnp.zeros_like(x)), self)
+        return jax.tree.map(lambda x: at_least_float32(zeros(x.shape, x.dtype, x)), self)
 
     def at_set(
         self, tap: jax.Array, by_points: jax.Array, by_kernel: jax.Array, by_factors: jax.Array | None
