@@ -42,7 +42,10 @@ def default_config() -> ConfigDict:
     data.cache_decoded_gb = 0.0  # Decode once, into a file of at most so many GB (10^9 bytes) beside the prepared data;
     #                              0: decode each time.
     data.worker_count = 0  # Processes that decode and augment; 0: threads of the training process.
-    data.read_threads = 4  # Threads that read and decode, per process; order does not depend on them.
+    data.read_threads = (
+        0  # Threads that read and decode, per process or worker; order does not depend on them. 0: one for
+    )
+    #                        each of the process's processors, 4 to 32; workers share them.
 
     config.model = model = ConfigDict()
     model.name = "dsnet"  # Or what it is compared with: fcn, aspp (DeepLabv3), pspnet, deeplabv3plus; dcnv1, dcnv2,
@@ -112,7 +115,7 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
     "data.flip_probability": (0, 1),
     "data.cache_decoded_gb": (0, 10**5),
     "data.worker_count": (0, 1024),
-    "data.read_threads": (1, 1024),
+    "data.read_threads": (0, 1024),
     "model.deep_supervision_weight": (0, 1000),
     "optimizer.base_lr": (0, 1000),
     "optimizer.poly_power": (0, 1000),

@@ -110,7 +110,7 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_remembered
     config = default_config()
     claim_workdir(tmp_path, config, SHAPES)
     config.data.read_threads, config.training.checkpoint_every_steps = 7, 9
-    changed = ["data.read_threads: 4 -> 7", "training.checkpoint_every_steps: 500 -> 9"]
+    changed = ["data.read_threads: 0 -> 7", "training.checkpoint_every_steps: 500 -> 9"]
     assert sorted(claim_workdir(tmp_path, config, SHAPES)) == changed
     assert open_workdir(tmp_path)[0] == config
 

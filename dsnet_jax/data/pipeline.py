@@ -62,7 +62,7 @@ def train_batches(
     Args:
       split: a split with labels; decoded once, by `cache.decoded_once`, it gives the same batches.
       data_config: `config.data` of an experiment. `batch_size` counts all processes. With `worker_count` 0 the threads
-        of this process do the work, `read_threads` of them; otherwise as many processes, each with as many threads.
+        of this process do the work, `read_threads` of them; otherwise so many processes, each with as many threads.
       seed: of the order and of the augmentation, 0 to 2**32 - 1.
       start_step: the first step wanted, from 0.
       steps: where the training ends.
@@ -96,7 +96,17 @@ def train_batches(
     order = _record_order(len(split), seed).random_map(_with_state)
     batches = order.batch(local_batch_size, drop_remainder=True, batch_fn=load)
     batches = batches[process_index::process_count][start_step:steps]
-    return _iterate(batches, data_config.read_threads, data_config.worker_count)
+    threads = threads_for(data_config.read_threads, data_config.worker_count)
+    return _iterate(batches, threads, data_config.worker_count)
+
+
+def threads_for(read_threads: int, worker_count: int = 0) -> int:
+    """`config.data.read_threads`, or for 0 what suits the machine: one for each processor of the process, 4 to 32.
+
+    Where there are workers, these are shared by them.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return read_threads or max(1, min(max(4, processors), 32) // max(1, worker_count))
 
 
 def records_of_step(record_count: int, seed: int, step: int, batch_size: int) -> np.ndarray:
@@ -108,7 +118,7 @@ def evaluation_examples(
     split: Split | DecodedSplit,
     image_scale: float,
     positions: Sequence[int] | None = None,
-    read_threads: int = 4,
+    read_threads: int = 0,
 ) -> Iterator[Example]:
     """Examples of a split, decoded ahead by threads.
 
@@ -116,7 +126,7 @@ def evaluation_examples(
       split: with or without labels.
       image_scale: working resolution, a factor on both sides of the image.
       positions: in the split, of those that are wanted, in the order in which they are; None: of all.
-      read_threads: threads that decode, and examples that are kept ready.
+      read_threads: threads that decode, and examples that are kept ready; 0: see `threads_for`.
 
     Returns:
       An iterator of `Example`. Close it if it is not used up.
@@ -126,7 +136,7 @@ def evaluation_examples(
     """
     load = functools.partial(load_example, split=split, image_scale=image_scale)
     wanted = range(len(split)) if positions is None else positions
-    return _iterate(grain.MapDataset.source(wanted).map(load), read_threads)
+    return _iterate(grain.MapDataset.source(wanted).map(load), threads_for(read_threads))
 
 
 def _record_order(record_count: int, seed: int) -> grain.MapDataset[int]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dsnet_jax import parallel, processes
 from dsnet_jax.data.drawing import write_picture
-from dsnet_jax.data.pipeline import Example, evaluation_examples
+from dsnet_jax.data.pipeline import Example, evaluation_examples, threads_for
 from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError, writing_into
@@ -105,7 +105,7 @@ def evaluate(
     for batch, labels, counts in segmenter.run_known(examples_at, split.sizes_hw[own], image_scale, batch_size):
         matrix += np.asarray(counts, np.int64)
         pairs = ((example.label, part) for example, part in batch.cropped(labels))
-        boundary += boundary_counts(pairs, num_classes, config.data.read_threads)
+        boundary += boundary_counts(pairs, num_classes, threads_for(config.data.read_threads))
         images += len(batch.examples)
         padding += batch.padding
         programs.add((batch.images.shape[1:3], batch.label_canvas_hw))
@@ -184,7 +184,12 @@ def evaluate_run(
         checkpoint_step=trained.step,
         config=config.to_dict(),
         protocol=seen,
-    ) | {"padded_share": found.padded_share, "programs": found.programs}
+    ) | {
+        "padded_share": found.padded_share,
+        "programs": found.programs,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
     Console().print(reports.console_table(results))  # Before anything is written: a full disk shall not hide it.
     print(f"pixels computed over pixels of the images: {found.padded_share:.3f}, on {found.programs} canvases")
     with writing_into(folder, otherwise):

@@ -36,7 +36,7 @@ def dynamic_sampling_conv(
     for the gradient, which samples anew, so that no buffer of k*k samples exists. At a whole number the gradient by an
     offset is the forward difference, as PyTorch's is.
 
-    It may be called inside of `jax.vmap`, `jax.checkpoint` and `jax.shard_map`; on a mesh with explicit axes (the default
+    It may be called inside of `jax.vmap`, `jax.checkpoint`, `jax.shard_map`; on a mesh with explicit axes (the default
     of `jax.make_mesh`) by `jax.sharding.auto_axes`.
 
     Source: DSNet, equation 2; with `modulation`, Deformable ConvNets v2, equation 1.

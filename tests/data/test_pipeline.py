@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 
 from dsnet_jax.config import default_config
+from dsnet_jax.data import pipeline
 from dsnet_jax.data.pipeline import evaluation_examples, records_of_step, train_batches
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.records import Record, Split, open_split
@@ -146,7 +147,16 @@ def test_to_resume_at_a_step_gives_the_rest_of_the_batches(split, data_config):
     assert list(train_batches(split, data_config, 0, 9, 9)) == []
 
 
-@pytest.mark.parametrize("read_threads", [1, 5])
+@pytest.mark.parametrize(
+    ("processors", "asked", "workers", "threads"),
+    [(1, 0, 0, 4), (96, 0, 0, 32), (12, 0, 0, 12), (12, 0, 5, 2), (96, 3, 2, 3)],
+)
+def test_threads_suit_the_machine_unless_a_number_is_asked_for(processors, asked, workers, threads, monkeypatch):
+    monkeypatch.setattr(pipeline.os, "sched_getaffinity", lambda _: range(processors))
+    assert pipeline.threads_for(asked, workers) == threads
+
+
+@pytest.mark.parametrize("read_threads", [0, 1, 5])
 def test_batches_do_not_depend_on_the_number_of_threads(split, data_config, read_threads):
     whole = list(train_batches(split, data_config, 0, 0, 9))
     data_config.read_threads = read_threads
