@@ -99,6 +99,10 @@ def default_config() -> ConfigDict:
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.batch_size = 8  # Images of one canvas a step, per process; fewer where a protocol enlarges them.
+    evaluation.padded_share = (
+        1.2  # Images lie on as few canvases, each a program to compile, as make the network see at
+    )
+    #                                most so many times their pixels. More where compiling takes long, as on a TPU.
     evaluation.scales = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # Of protocol ms_flip: factors on the sides of the images.
     evaluation.slide_crop_hw = ()  # Windows of protocol slide, height and width in pixels; empty: data.crop_size_hw.
     evaluation.slide_stride_hw = ()  # From one window to the next; empty: two thirds of the window, rounded up.
@@ -132,6 +136,7 @@ LIMITS = {  # The least and the largest value of a number, or of each in a tuple
     "training.checkpoint_every_steps": (1, 10**9),
     "training.evaluate_every_epochs": (1, 10**9),
     "evaluation.batch_size": (1, 10**6),
+    "evaluation.padded_share": (1, 1000),
     "evaluation.scales": (0.1, 10),
     "evaluation.slide_crop_hw": (1, 2**15),
     "evaluation.slide_stride_hw": (1, 2**15),
@@ -162,6 +167,7 @@ FREE_FIELDS = (  # May change while a run is under way: they do not change which
     "training.checkpoint_every_steps",
     "training.evaluate_every_epochs",
     "evaluation.batch_size",
+    "evaluation.padded_share",
     *SCORE_FIELDS,
     "evaluation.overlays",
 )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsnet_jax.data.pipeline import Example
 
 WAITING_PIXELS = 2**28  # Of images and labels that wait for others of their canvas: at 3 bytes a pixel 0.8 GB.
-PADDED_SHARE = 1.2  # Pixels computed over pixels of the images up to which `choose_canvases` makes one canvas of two.
+PADDED_SHARE = 1.2  # Of `choose_canvases` where no other is given: the default of `config.evaluation.padded_share` too.
 LARGEST = 1.5  # Pixels of a canvas over those of the largest that an image has of its own, likewise.
 
 CanvasPair = tuple[tuple[int, int], tuple[int, int]]  # Height and width of the image's and of the label's.
@@ -59,13 +59,17 @@ def own_canvases(example: "Example") -> CanvasPair:
 
 
 def choose_canvases(
-    sizes_hw: np.ndarray, image_scale: float, protocol: Protocol, batch_size: int
+    sizes_hw: np.ndarray,
+    image_scale: float,
+    protocol: Protocol,
+    batch_size: int,
+    padded_share: float = PADDED_SHARE,
 ) -> dict[tuple[int, int], CanvasPair]:
-    """As few canvases for images of known sizes as `PADDED_SHARE` allows, by size of the label.
+    """As few canvases for images of known sizes as `padded_share` allows, by size of the label.
 
     Begins with each size's own canvas, and makes one of the two that add the fewest pixels, again and again, as long as
-    all passes over all batches, the last of a canvas padded to its size, do not compute more than `PADDED_SHARE` of the
-    images' pixels; and beyond, where fewer batches make up for larger canvases. But no canvas becomes larger than
+    all passes over all batches, the last of a canvas padded to its size, do not compute more than `padded_share` times
+    the images' pixels; and beyond, where fewer batches make up for larger canvases. But no canvas becomes larger than
     `LARGEST` allows: a few images, some high and some wide, would else make a batch that does not fit into memory.
 
     Args:
@@ -73,6 +77,7 @@ def choose_canvases(
       image_scale: working resolution: of the images over the labels.
       protocol: whose passes count.
       batch_size: B.
+      padded_share: pixels computed over pixels of the images, at least 1.
     """
     if not len(sizes_hw):
         return {}
@@ -93,7 +98,7 @@ def choose_canvases(
 
     most = LARGEST * canvases.prod(axis=1).max()
     costs = cost(canvases, counts)
-    limit = PADDED_SHARE * (protocol.pixels(image_sizes) * images).sum()
+    limit = padded_share * (protocol.pixels(image_sizes) * images).sum()
     pairs = np.stack([added(group) for group in range(len(canvases))])
     while True:
         group, other = np.unravel_index(pairs.argmin(), pairs.shape)

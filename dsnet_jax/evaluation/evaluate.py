@@ -70,8 +70,8 @@ def evaluate(
       model: a segmentation network.
       variables: its params and batch_stats.
       split: a split with labels.
-      config: of the experiment: data.image_scale, data.read_threads, evaluation.batch_size (divided by how much the
-        protocol enlarges an image).
+      config: of the experiment: data.image_scale, data.read_threads, evaluation.padded_share, evaluation.batch_size
+        (divided by how much the protocol enlarges an image).
       show: how many examples to keep for looking at.
       stop: looked at after every batch; None: nobody asks.
       protocol: what the network is given of an image.
@@ -101,8 +101,8 @@ def evaluate(
         return examples
 
     told = 0
-    image_scale, batch_size = config.data.image_scale, config.evaluation.batch_size
-    for batch, labels, counts in segmenter.run_known(examples_at, split.sizes_hw[own], image_scale, batch_size):
+    image_scale, asked = config.data.image_scale, (config.evaluation.batch_size, config.evaluation.padded_share)
+    for batch, labels, counts in segmenter.run_known(examples_at, split.sizes_hw[own], image_scale, *asked):
         matrix += np.asarray(counts, np.int64)
         pairs = ((example.label, part) for example, part in batch.cropped(labels))
         boundary += boundary_counts(pairs, num_classes, threads_for(config.data.read_threads))

@@ -12,7 +12,15 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dsnet_jax import parallel
-from dsnet_jax.evaluation.canvases import WAITING_PIXELS, Batch, CanvasPair, batches, choose_canvases, own_canvases
+from dsnet_jax.evaluation.canvases import (
+    PADDED_SHARE,
+    WAITING_PIXELS,
+    Batch,
+    CanvasPair,
+    batches,
+    choose_canvases,
+    own_canvases,
+)
 from dsnet_jax.evaluation.metrics import confusion_counts
 from dsnet_jax.evaluation.passes import merged_labels, passes_over
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
@@ -108,6 +116,7 @@ class Segmenter:
         sizes_hw: np.ndarray,
         image_scale: float,
         batch_size: int,
+        padded_share: float = PADDED_SHARE,
     ) -> Iterator[tuple[Batch, jax.Array, jax.Array | None]]:
         """As `run`, for examples whose sizes are known beforehand: on the few canvases of `choose_canvases`.
 
@@ -119,11 +128,12 @@ class Segmenter:
           image_scale: working resolution: of the images over the labels.
           batch_size: images a batch, divided by how much the protocol enlarges an image, if it does; see `whole`
             for the rest.
+          padded_share: see `choose_canvases`.
         """
         times = max(1.0, self.protocol.enlargement)  # Smaller scales do not make the batch larger than was asked for.
         why = f" ({batch_size} at single scale: for {self.protocol.name} an image takes {times:g} times the memory)"
         batch_size = self.whole(max(1, int(batch_size / times)), why if times > 1 else "")
-        canvases = choose_canvases(sizes_hw, image_scale, self.protocol, batch_size)
+        canvases = choose_canvases(sizes_hw, image_scale, self.protocol, batch_size, padded_share)
 
         def order(position: int) -> tuple:
             image, label = canvases[tuple(sizes_hw[position].tolist())]

@@ -103,7 +103,8 @@ def draw_sampling_points(
 
     examples = evaluation_examples(data, config.data.image_scale, read_threads=config.data.read_threads)
     examples = track(examples, f"sampling points of {data.spec.name} {data.name}", len(data))
-    canvases = choose_canvases(data.sizes_hw, config.data.image_scale, SINGLE_SCALE, config.evaluation.batch_size)
+    asked = config.evaluation.batch_size, config.evaluation.padded_share
+    canvases = choose_canvases(data.sizes_hw, config.data.image_scale, SINGLE_SCALE, *asked)
     all_points = sampled_points(
         trained.model,
         trained.variables,

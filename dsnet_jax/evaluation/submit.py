@@ -54,7 +54,8 @@ def predict_submission(
             examples = evaluation_examples(data, scale, positions, config.data.read_threads)
             return track(examples, f"labelling {data.spec.name} {data.name}", len(data))
 
-        for batch, labels, _ in segmenter.run_known(examples_at, data.sizes_hw, scale, config.evaluation.batch_size):
+        asked = config.evaluation.batch_size, config.evaluation.padded_share
+        for batch, labels, _ in segmenter.run_known(examples_at, data.sizes_hw, scale, *asked):
             for example, prediction in batch.cropped(labels):
                 yield example.id, prediction
 

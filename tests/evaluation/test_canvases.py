@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsnet_jax.config import default_config
 from dsnet_jax.data.pipeline import Example
 from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.evaluation.canvases import LARGEST, PADDED_SHARE, batches, canvas_hw, choose_canvases
@@ -129,6 +130,20 @@ def test_fifty_sizes_need_far_fewer_canvases_at_multi_scale_and_no_more_than_a_q
     assert len(set(sizes_hw)) == 50
     share, canvases = computed_share(sizes_hw, choose_canvases(np.array(sizes_hw), 1.0, MS_FLIP, 1), MS_FLIP, 1)
     assert share <= PADDED_SHARE <= 1.25 and len(canvases) < 25
+
+
+def test_with_a_larger_share_there_are_fewer_canvases():
+    sizes_hw = [tuple(size) for size in np.random.default_rng(0).integers(160, 416, (50, 2)).tolist()]
+    few = [
+        computed_share(sizes_hw, choose_canvases(np.array(sizes_hw), 1.0, MS_FLIP, 1, most), MS_FLIP, 1)
+        for most in (1.5, 9)
+    ]
+    assert [share <= most for (share, _), most in zip(few, (1.5, 9), strict=True)] == [True, True]
+    assert len(few[0][1]) < 18 and len(few[1][1]) == 1
+
+
+def test_the_share_of_an_evaluation_is_that_of_the_field():
+    assert default_config().evaluation.padded_share == PADDED_SHARE
 
 
 def test_canvases_are_shared_where_that_saves_a_batch():

@@ -131,6 +131,9 @@ def test_protocols_have_results_and_folders_of_their_own(random_run, capsys):
         assert results["config"]["evaluation"]["slide_crop_hw"] == [32, 32]
         assert results["padded_share"] > 1 and f"({protocol})" in (folder / "table.md").read_text()
         assert "on 2 canvases" in capsys.readouterr().out
+    evaluate_run(random_run, protocol="flip", config_flags=["--config.evaluation.padded_share=9.0"])
+    results = json.loads((random_run / "evaluation" / "val_flip" / "results.json").read_text())
+    assert results["programs"] == 1 and results["padded_share"] > 1.2
     counts = [(random_run / "evaluation" / name / "confusion_matrix.csv").read_text() for name in ("val", "val_slide")]
     assert counts[0] != counts[1]
 
