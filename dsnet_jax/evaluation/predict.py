@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from dsnet_jax.workdir import check_writable, is_remote
 # Of the canvas that an image is computed on; 4000 x 3000 fits. Of memory, in float32 on a CPU, the compiled program and
 # the pictures take 520 bytes a pixel for ResNet-50 at output stride 16 (7 GB), ResNet-101 at 8 takes 1650 (21 GB).
 LABELLED_PIXELS = 4096 * 3072
+# Of predictions at a time: two PNGs of a photograph take longer than a device takes to label it, and memory meanwhile.
+WRITERS = 4
 MAX_NAME_BYTES = 255  # Of a file, on the disks of Linux.
 
 
@@ -90,14 +93,23 @@ def predict_files(
             originals[index] = image
             yield example_of(index, str(file), image, None, trained.config.data.image_scale)
 
+    def write(name: str, image: np.ndarray, prediction: np.ndarray) -> None:
+        picture = overlay(image, prediction, trained.spec)
+        with writing_into(output, otherwise):
+            write_labels(output / f"{name}.png", prediction, trained.spec.palette)
+            write_picture(output / f"{name}_overlay.png", picture)
+
     segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh(), seen)
-    for batch, labels, _ in segmenter.run(readable(files), batch_size=1):
-        for example, prediction in batch.cropped(labels):
-            name = names[files[example.index]]
-            picture = overlay(originals.pop(example.index), prediction, trained.spec)
-            with writing_into(output, otherwise):
-                write_labels(output / f"{name}.png", prediction, trained.spec.palette)
-                write_picture(output / f"{name}_overlay.png", picture)
+    writing = deque()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for batch, labels, _ in segmenter.run(readable(files), batch_size=1):
+            for example, prediction in batch.cropped(labels):
+                original, name = originals.pop(example.index), names[files[example.index]]
+                writing.append(pool.submit(write, name, original, prediction))
+                if len(writing) > WRITERS:
+                    writing.popleft().result()
+        for written in writing:
+            written.result()
     print(
         f"{len(files) - len(failed)} images labelled into {output}, {len(failed)} could not be read, "
         f"{others} files in the folders are not images"
