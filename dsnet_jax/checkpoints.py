@@ -1,5 +1,6 @@
 """Checkpoints of a run: what is kept, what is restored, into what, and how damage is noticed."""
 
+import functools
 import json
 import math
 import shlex
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from dsnet_jax.errors import InputError
@@ -18,14 +20,17 @@ MANIFEST = "manifest"  # The item beside the trees: what they hold, and the prov
 MAX_NAMES = 10
 
 
+@functools.cache
 def _write_whole_arrays() -> None:
     """Has Orbax write a replicated array from one device.
 
     By its default every device writes a part of each. To cut them it compiles a program for each shape, place and
     device: of DSNet-R50 on eight devices 256, before the first save of a process, which may be that of a preemption.
     """
-    handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    handler, told = ocp.type_handlers.ArrayHandler(use_replica_parallel=False), logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # It warns of what is meant.
     ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    logging.set_verbosity(told)
 
 
 class Checkpoints:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dsnet_jax import parallel
-from dsnet_jax.checkpoints import Checkpoints
+from dsnet_jax.checkpoints import Checkpoints, _write_whole_arrays
 from dsnet_jax.errors import InputError
 
 
@@ -133,6 +133,13 @@ def test_saving_from_eight_devices_compiles_nothing(tmp_path, compilations):
     checkpoints.save(1, state, {})
     checkpoints.close()
     assert compilations == []
+
+
+def test_how_arrays_are_written_is_set_without_a_warning(caplog):
+    _write_whole_arrays.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        _write_whole_arrays()
+    assert caplog.records == []
 
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):

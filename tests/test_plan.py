@@ -243,7 +243,7 @@ def test_a_compiler_at_work_is_ended_by_a_signal(config, monkeypatch, compiled_b
 
     monkeypatch.setattr(plan, "compile_for", noted)
     plan.plan(config, "cpu", num_classes=3)
-    assert handlers == [[signal.SIG_DFL, signal.SIG_DFL]]
+    assert handlers == [[signal.SIG_DFL] * len(SIGNALS)]
 
 
 def test_evaluation_is_planned_for_the_batch_that_is_evaluated(config, capsys):

@@ -19,7 +19,7 @@ def test_fields_of_the_evaluation_may_differ_from_the_runs(random_run):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        (f"{FLAG}scale=(1.0,)", "config.evaluation has the fields batch_size, overlays, scales, "),
+        (f"{FLAG}scale=(1.0,)", "config.evaluation has the fields batch_size, overlays, padded_share, scales, "),
         ("--config.seed=1", "config.evaluation has the fields"),
         (f"{FLAG}scales", "a value of the kind of (0.75, 1.0"),
         (f"{FLAG}scales=0.5", "a value of the kind of (0.75, 1.0"),
