@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from dsnet_jax.ops.precision import at_least_float32
+
 
 def varying_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
     """The same arrays, each taken to vary over the axes that any of them varies over; outside of `shard_map` as is.
@@ -13,9 +15,9 @@ def varying_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
     return [None if array is None else _vary(array, *arrays) for array in arrays]
 
 
-def zeros(shape: tuple[int, ...], dtype: jnp.dtype, like: jax.Array) -> jax.Array:
-    """Where a loop starts to add up what varies as `like` does: its sums must vary so from the start."""
-    return _vary(jnp.zeros(shape, dtype), like)
+def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Where sums of what is made of `like` start: they vary as it does, and are float32 or wider."""
+    return _vary(at_least_float32(jnp.zeros(shape, like.dtype)), like)
 
 
 def _vary(array: jax.Array, *others: jax.Array | None) -> jax.Array:

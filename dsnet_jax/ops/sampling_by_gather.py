@@ -83,7 +83,7 @@ def forward(features: jax.Array, taps: Taps) -> jax.Array:
         kernel = kernel.astype(features.dtype)
         return total + jnp.einsum("bnc,cd->bnd", sample, kernel, preferred_element_type=total.dtype), None
 
-    zero = at_least_float32(zeros((batch, height * width, taps.kernel.shape[-1]), features.dtype, features))
+    zero = zeros((batch, height * width, taps.kernel.shape[-1]), features)
     return jax.lax.scan(add_tap, zero, jnp.arange(taps.count))[0]
 
 
@@ -91,7 +91,7 @@ def backward(features: jax.Array, taps: Taps, cotangent: jax.Array) -> tuple[jax
     """Gradients by `features`, [B, H*W, C], and by `taps`, for `cotangent` [B, H*W, D] of what `forward` returns."""
     batch, height, width, channels = features.shape
     cells = features.reshape(batch, height * width, channels)
-    total = at_least_float32(zeros(cells.shape, features.dtype, features))
+    total = zeros(cells.shape, features)
     # Once, outside the loop: a CPU multiplies matrices that are both contracted over their rows at two thirds the rate.
     turned = jnp.transpose(cotangent.reshape(-1, cotangent.shape[-1]))
 
@@ -164,6 +164,6 @@ def _dot_products(cells: jax.Array, corners: list[Corner], vectors: jax.Array) -
     lanes = math.gcd(vectors.shape[-1], 16)
     products = [_read(cells, corner.index) * vectors for corner in corners]
     products = [product.reshape(*product.shape[:-1], -1, lanes) for product in products]
-    starts = [zeros((), product.dtype, product) for product in products]
+    starts = [zeros((), product) for product in products]
     sums = jax.lax.reduce(products, starts, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (2,))
     return [jnp.where(corner.inside, x.sum(axis=-1), 0) for corner, x in zip(corners, sums, strict=True)]

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from dsnet_jax.ops.manual_axes import zeros
-from dsnet_jax.ops.precision import at_least_float32
 from dsnet_jax.ops.taps import Taps
 
 # Of products that stand for reading a cell or adding to it: by JAX's default a TPU rounds float32 to bfloat16, and an
@@ -31,12 +30,12 @@ def forward(features: jax.Array, taps: Taps) -> jax.Array:
             (y, _), (x, _) = _hats(points, first_row, bands.shape[2] // width, width)
             return sample + _multiply("bnm,bmc->bnc", _outer(y, x), cells, HIGHEST), None
 
-        zero = at_least_float32(zeros((batch, height * width, features.shape[-1]), features.dtype, features))
+        zero = zeros((batch, height * width, features.shape[-1]), features)
         sample, _ = jax.lax.scan(add_band, zero, (bands, first_rows))
         sample = sample if factors is None else sample * factors[..., None]
         return total + _multiply("bnc,cd->bnd", sample.astype(features.dtype), kernel), None
 
-    zero = at_least_float32(zeros((batch, height * width, taps.kernel.shape[-1]), features.dtype, features))
+    zero = zeros((batch, height * width, taps.kernel.shape[-1]), features)
     return jax.lax.scan(add_tap, zero, jnp.arange(taps.count))[0]
 
 
@@ -65,8 +64,8 @@ def backward(features: jax.Array, taps: Taps, cotangent: jax.Array) -> tuple[jax
             by_factor += jnp.sum(by_weights * weights, axis=-1)
             return (sample, by_y, by_x, by_factor), by_cells
 
-        zero = zeros(by_sample.shape[:2], by_sample.dtype, by_sample)
-        totals = zeros(by_sample.shape, by_sample.dtype, by_sample), zero, zero, zero
+        zero = zeros(by_sample.shape[:2], by_sample)
+        totals = zeros(by_sample.shape, by_sample), zero, zero, zero
         (sample, *by_point, by_factors), by_bands = jax.lax.scan(add_band, totals, (bands, first_rows, by_bands))
         by_points = jnp.stack(by_point, axis=-1)
         if factors is not None:
@@ -74,7 +73,7 @@ def backward(features: jax.Array, taps: Taps, cotangent: jax.Array) -> tuple[jax
         by_kernel = _multiply("bnc,bnd->cd", sample.astype(features.dtype), cotangent)
         return (by_bands, by_taps.at_set(tap, by_points, by_kernel, by_factors)), None
 
-    zero = at_least_float32(zeros(bands.shape, bands.dtype, bands)), taps.zeros()
+    zero = zeros(bands.shape, bands), taps.zeros()
     (by_bands, by_taps), _ = jax.lax.scan(add_tap, zero, jnp.arange(taps.count))
     by_features = jnp.moveaxis(by_bands, 0, 1).reshape(batch, -1, channels)[:, : height * width]
     return by_features, by_taps

@@ -44,7 +44,7 @@ class Taps:
 
     def zeros(self) -> "Taps":
         """Gradients of nothing yet, in float32 or wider."""
-        return jax.tree.map(lambda x: at_least_float32(zeros(x.shape, x.dtype, x)), self)
+        return jax.tree.map(lambda x: zeros(x.shape, x), self)
 
     def at_set(
         self, tap: jax.Array, by_points: jax.Array, by_kernel: jax.Array, by_factors: jax.Array | None
