@@ -101,8 +101,8 @@ def evaluate(
         return examples
 
     told = 0
-    image_scale, asked = config.data.image_scale, (config.evaluation.batch_size, config.evaluation.padded_share)
-    for batch, labels, counts in segmenter.run_known(examples_at, split.sizes_hw[own], image_scale, *asked):
+    image_scale = config.data.image_scale
+    for batch, labels, counts in segmenter.run_known(examples_at, split.sizes_hw[own], config):
         matrix += np.asarray(counts, np.int64)
         pairs = ((example.label, part) for example, part in batch.cropped(labels))
         boundary += boundary_counts(pairs, num_classes, threads_for(config.data.read_threads))

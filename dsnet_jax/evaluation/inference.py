@@ -10,17 +10,10 @@ import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from dsnet_jax import parallel
-from dsnet_jax.evaluation.canvases import (
-    PADDED_SHARE,
-    WAITING_PIXELS,
-    Batch,
-    CanvasPair,
-    batches,
-    choose_canvases,
-    own_canvases,
-)
+from dsnet_jax.evaluation.canvases import WAITING_PIXELS, Batch, CanvasPair, batches, choose_canvases, own_canvases
 from dsnet_jax.evaluation.metrics import confusion_counts
 from dsnet_jax.evaluation.passes import merged_labels, passes_over
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
@@ -114,9 +107,7 @@ class Segmenter:
         self,
         examples_at: Callable[[Sequence[int]], Iterable["Example"]],
         sizes_hw: np.ndarray,
-        image_scale: float,
-        batch_size: int,
-        padded_share: float = PADDED_SHARE,
+        config: ConfigDict,
     ) -> Iterator[tuple[Batch, jax.Array, jax.Array | None]]:
         """As `run`, for examples whose sizes are known beforehand: on the few canvases of `choose_canvases`.
 
@@ -125,15 +116,14 @@ class Segmenter:
         Args:
           examples_at: gives the examples at positions in `sizes_hw`, in their order.
           sizes_hw: heights and widths of their labels, [N, 2].
-          image_scale: working resolution: of the images over the labels.
-          batch_size: images a batch, divided by how much the protocol enlarges an image, if it does; see `whole`
-            for the rest.
-          padded_share: see `choose_canvases`.
+          config: of the experiment: data.image_scale, evaluation.padded_share, and evaluation.batch_size, which is
+            divided by how much the protocol enlarges an image, if it does; see `whole` for the rest.
         """
+        asked, share = config.evaluation.batch_size, config.evaluation.padded_share
         times = max(1.0, self.protocol.enlargement)  # Smaller scales do not make the batch larger than was asked for.
-        why = f" ({batch_size} at single scale: for {self.protocol.name} an image takes {times:g} times the memory)"
-        batch_size = self.whole(max(1, int(batch_size / times)), why if times > 1 else "")
-        canvases = choose_canvases(sizes_hw, image_scale, self.protocol, batch_size, padded_share)
+        why = f" ({asked} at single scale: for {self.protocol.name} an image takes {times:g} times the memory)"
+        batch_size = self.whole(max(1, int(asked / times)), why if times > 1 else "")
+        canvases = choose_canvases(sizes_hw, config.data.image_scale, self.protocol, batch_size, share)
 
         def order(position: int) -> tuple:
             image, label = canvases[tuple(sizes_hw[position].tolist())]

@@ -48,14 +48,12 @@ def predict_submission(
 
     def predictions() -> Iterator[tuple[str, np.ndarray]]:
         segmenter = Segmenter(trained.model, trained.variables, parallel.local_mesh(), seen)
-        scale = config.data.image_scale
 
         def examples_at(positions: Sequence[int]) -> Iterator[Example]:
-            examples = evaluation_examples(data, scale, positions, config.data.read_threads)
+            examples = evaluation_examples(data, config.data.image_scale, positions, config.data.read_threads)
             return track(examples, f"labelling {data.spec.name} {data.name}", len(data))
 
-        asked = config.evaluation.batch_size, config.evaluation.padded_share
-        for batch, labels, _ in segmenter.run_known(examples_at, data.sizes_hw, scale, *asked):
+        for batch, labels, _ in segmenter.run_known(examples_at, data.sizes_hw, config):
             for example, prediction in batch.cropped(labels):
                 yield example.id, prediction
 

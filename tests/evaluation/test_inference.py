@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsnet_jax import parallel
+from dsnet_jax.config import default_config
 from dsnet_jax.data.pipeline import Example
 from dsnet_jax.evaluation import inference
 from dsnet_jax.evaluation.canvases import batches
@@ -36,6 +37,13 @@ class OneConvolution(nn.Module):
 
 def small_dsnet():
     return DSNet(ResNet(depth=(1, 1, 1, 1), block=BasicBlock), num_classes=NUM_CLASSES, width=8)
+
+
+def in_batches_of(batch_size):
+    """A config."""
+    config = default_config()
+    config.evaluation.batch_size = batch_size
+    return config
 
 
 def mesh_of(device_count):
@@ -186,7 +194,7 @@ def test_a_batch_that_a_protocol_makes_smaller_than_the_devices_need_is_told_as_
     model = OneConvolution()
     segmenter = Segmenter(model, random_variables(model), mesh_of(4), Protocol("ms_flip", (0.5, 2.0), flip=True))
     with caplog.at_level("WARNING", "absl"):
-        segmenter.run_known(lambda positions: [], np.zeros((0, 2), np.int32), 1.0, 8)
+        segmenter.run_known(lambda positions: [], np.zeros((0, 2), np.int32), in_batches_of(8))
     wanted = "1 (8 at single scale: for ms_flip an image takes 8 times the memory)"
     assert f"evaluating 4 images at a time, not {wanted}: there are 4 devices" in caplog.text
 
@@ -194,7 +202,8 @@ def test_a_batch_that_a_protocol_makes_smaller_than_the_devices_need_is_told_as_
 def test_smaller_scales_do_not_make_the_batch_larger_than_was_asked_for():
     model, examples = OneConvolution(), list(make_examples([(40, 40)] * 5))
     segmenter = Segmenter(model, random_variables(model), mesh_of(1), Protocol("ms_flip", (0.25, 0.5), flip=True))
-    found = segmenter.run_known(lambda positions: (examples[i] for i in positions), np.array([(40, 40)] * 5), 1.0, 2)
+    sizes_hw = np.array([(40, 40)] * 5)
+    found = segmenter.run_known(lambda positions: (examples[i] for i in positions), sizes_hw, in_batches_of(2))
     assert [len(batch.images) for batch, _, _ in found] == [2, 2, 2]
 
 
@@ -210,7 +219,7 @@ def test_images_of_known_sizes_come_canvas_by_canvas_the_largest_first(batch_siz
 
     model = OneConvolution()
     segmenter = Segmenter(model, random_variables(model), mesh_of(1))
-    found = list(segmenter.run_known(examples_at, np.array(sizes_hw), 1.0, batch_size))
+    found = list(segmenter.run_known(examples_at, np.array(sizes_hw), in_batches_of(batch_size)))
     assert [[example.index for example in batch.examples] for batch, _, _ in found] == expected
     canvases = {1: (64, 96), 4: (64, 96), 7: (64, 96), 3: (96, 64), 6: (96, 64), 0: (32, 32), 2: (32, 32), 5: (32, 32)}
     for batch, _, _ in found:
