@@ -1,6 +1,7 @@
 """The experiments in configs/: every command that a docstring holds is read, and its network built."""
 
 import argparse
+import importlib
 import re
 import runpy
 import sys
@@ -181,13 +182,23 @@ def test_an_argument_that_there_is_not_is_refused_with_those_that_are(file):
 
 
 @pytest.fixture
-def tables_runs(monkeypatch):
-    """scripts/tables_runs.py."""
+def script(monkeypatch):
+    """Called with a name, imports that file of scripts/."""
     monkeypatch.syspath_prepend(FOLDER.parent / "scripts")
-    import tables_runs
+    imported = []
 
-    yield tables_runs
-    sys.modules.pop("tables_runs")
+    def load(name):
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in imported:
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def tables_runs(script):
+    return script("tables_runs")
 
 
 def test_the_tables_find_what_a_docstring_trains_and_scores(tables_runs):
@@ -201,13 +212,8 @@ def test_the_tables_find_what_a_docstring_trains_and_scores(tables_runs):
 
 
 @pytest.fixture
-def compile_configs(monkeypatch):
-    """scripts/compile_configs.py."""
-    monkeypatch.syspath_prepend(FOLDER.parent / "scripts")
-    import compile_configs
-
-    yield compile_configs
-    sys.modules.pop("compile_configs")
+def compile_configs(script):
+    return script("compile_configs")
 
 
 def test_every_experiment_that_is_trained_is_compiled(compile_configs):
