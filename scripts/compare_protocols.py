@@ -23,7 +23,7 @@ from dsnet_jax.data.records import spread_evenly
 from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.evaluation.canvases import Batch, batches, choose_canvases
 from dsnet_jax.evaluation.inference import Segmenter, segment
-from dsnet_jax.evaluation.passes import mean_probabilities, passes_over
+from dsnet_jax.evaluation.passes import mean_probabilities, passes_over, tile_by_tile
 from dsnet_jax.evaluation.protocols import NAMES, Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.experiment import build_model
@@ -205,8 +205,7 @@ def print_differences(model: nn.Module, variables: dict, made: list[Batch], prot
         passes = passes_over(
             lambda *seen: network(*seen).logits, images, extent, scaled_hw, size_hw, canvas_hw, protocol
         )
-        bands = jax.lax.map(partial(mean_probabilities, passes), jnp.arange(0, canvas_hw[0], 32))
-        return bands.swapaxes(0, 1).reshape(1, *canvas_hw, -1)
+        return tile_by_tile(mean_probabilities, passes)
 
     largest, agreeing, pixels = 0.0, 0, 0
     for batch in made:

@@ -162,6 +162,6 @@ def segment(
         return model.apply(variables, images, extent, train=False).logits
 
     passes = passes_over(network, images, extent, scaled_hw, label_hw, label_canvas_hw, protocol)
-    predictions = merged_labels(passes, label_hw, label_canvas_hw)
+    predictions = merged_labels(passes, label_hw)
     counts = None if labels is None else confusion_counts(labels, predictions, passes[0].logits.shape[-1])
     return predictions, counts

@@ -20,6 +20,7 @@ from dsnet_jax.evaluation.protocols import Protocol
 from dsnet_jax.ops.extent import CANVAS_MULTIPLE, Extent
 from dsnet_jax.ops.resize import bilinear_weights, resize_bilinear
 
+TILE_WIDTH = 128  # Of a label whose pixels few windows see, in pixels.
 WINDOWS = 4  # Of an image, that the network sees at a time: this many, or a number near to it.
 Network = Callable[[jax.Array, Extent], jax.Array]  # Normalised images [B, H, W, 3] -> logits [B, h, w, K], float32.
 
@@ -149,60 +150,101 @@ def _places(size_hw: jax.Array, label_hw: jax.Array, label_canvas_hw: tuple[int,
     return rows, columns
 
 
-def merged_labels(passes: Sequence[Passes], label_hw: jax.Array, label_canvas_hw: tuple[int, int]) -> jax.Array:
+def merged_labels(passes: Sequence[Passes], label_hw: jax.Array) -> jax.Array:
     """The class with the largest probability for every pixel of the label.
 
     Args:
-      passes: with at most 255 classes.
+      passes: with at most 255 classes, and a multiple of 32 of the label's rows.
       label_hw: sizes of the labels, int32 [B, 2].
-      label_canvas_hw: (Ho, Wo), Ho a multiple of 32.
 
     Returns:
       uint8 [B, Ho, Wo]; 255 outside each `label_hw`.
     """
-    (one, *others), (rows, columns) = passes, label_canvas_hw
-    single = not others and not one.in_part and len(one.logits) == 1
+    single = len(passes) == 1 and not passes[0].in_part and len(passes[0].logits) == 1
 
-    def label_band(first_row: jax.Array) -> jax.Array:
+    def labels(tile: Sequence[Passes]) -> jax.Array:
         if single:  # The softmax does not change which one is the largest.
-            values = _resized(one.logits[0], _band(one.rows, first_row)[0], one.columns[0], one.extent)
+            [one] = tile
+            values = _resized(one.logits[0], one.rows[0], one.columns[0], one.extent)
         else:
-            values = mean_probabilities(passes, first_row)
+            values = mean_probabilities(tile)
         return jnp.argmax(values, axis=-1).astype(jnp.uint8)
 
-    labels = jax.lax.map(label_band, jnp.arange(0, rows, CANVAS_MULTIPLE))
-    labels = labels.swapaxes(0, 1).reshape(-1, rows, columns)
+    found = tile_by_tile(labels, passes)
+    label_canvas_hw = found.shape[1:3]
     valid = Extent(label_hw, label_canvas_hw).mask(label_canvas_hw)[..., 0]
-    return jnp.where(valid, labels, jnp.uint8(IGNORE_LABEL))
+    return jnp.where(valid, found, jnp.uint8(IGNORE_LABEL))
 
 
-def mean_probabilities(passes: Sequence[Passes], first_row: jax.Array) -> jax.Array:
-    """The softmax of 32 rows of the label, its mean over the passes that see a pixel: float32 [B, 32, Wo, K]."""
+def tile_by_tile(function: Callable[[list[Passes]], jax.Array], passes: Sequence[Passes]) -> jax.Array:
+    """What a function makes of the passes over each tile of the label, put together.
+
+    A tile is 32 rows of the label as a whole. Where passes see parts of the image, it is as wide as `TILE_WIDTH`, so
+    that few passes see any of it.
+
+    Args:
+      function: of passes whose label is a tile [B, 32, w], gives [B, 32, w, ...].
+      passes: over the whole label.
+
+    Returns:
+      [B, Ho, Wo, ...].
+    """
+    height, width = passes[0].rows.shape[-1], passes[0].columns.shape[-1]
+    tile_width = min(width, TILE_WIDTH) if passes[0].in_part else width
+    beyond = ((0, 0), (0, 0), (0, -width % tile_width))  # Columns that no pass sees.
+    passes = [group.replace(columns=jnp.pad(group.columns, beyond, constant_values=-1)) for group in passes]
+
+    def of_tile(corner: jax.Array) -> jax.Array:
+        def cut(group: Passes) -> Passes:
+            rows = jax.lax.dynamic_slice_in_dim(group.rows, corner[0], CANVAS_MULTIPLE, axis=-1)
+            columns = jax.lax.dynamic_slice_in_dim(group.columns, corner[1], tile_width, axis=-1)
+            return group.replace(rows=rows, columns=columns)
+
+        return function([cut(group) for group in passes])
+
+    tops, lefts = range(0, height, CANVAS_MULTIPLE), range(0, width, tile_width)
+    found = jax.lax.map(of_tile, jnp.array([(top, left) for top in tops for left in lefts]))
+    found = found.reshape(len(tops), len(lefts), *found.shape[1:])  # [tops, lefts, B, 32, w, ...].
+    found = found.transpose(2, 0, 3, 1, 4, *range(5, found.ndim))
+    return found.reshape(len(found), height, -1, *found.shape[5:])[:, :, :width]
+
+
+def mean_probabilities(passes: Sequence[Passes]) -> jax.Array:
+    """The mean of the softmax over the passes that see a pixel of the label: float32 [B, Ho, Wo, K].
+
+    Meant for tiles of a label: takes 4 K bytes a pixel.
+    """
     _, batch, _, _, classes = passes[0].logits.shape
-    band = batch, CANVAS_MULTIPLE, passes[0].columns.shape[-1]
-    sums = jnp.zeros(band), jnp.zeros((*band, classes))
+    shape = batch, passes[0].rows.shape[-1], passes[0].columns.shape[-1]
+    sums = jnp.zeros(shape), jnp.zeros((*shape, classes))
     for group in passes:
+        views = group.logits, group.rows, group.columns
+        order, needed = jnp.arange(len(group.logits)), len(group.logits)
+        if group.in_part:
+            # Most windows of a large image see nothing of a tile: those that see some of it come first, and no others.
+            inside_y, inside_x = _inside(group.rows, group.columns, group.extent)
+            sees_some = jnp.any(inside_y.any(axis=-1) & inside_x.any(axis=-1), axis=-1)
+            order, needed = jnp.argsort(~sees_some), sees_some.sum()
 
-        def add(sums: tuple, one: tuple, group: Passes = group) -> tuple:
-            logits, rows, columns = one
+        def add(number: int, sums: tuple, views: tuple = views, group: Passes = group, order=order) -> tuple:
+            logits, rows, columns = (array[order[number]] for array in views)
             probabilities = jax.nn.softmax(_resized(logits, rows, columns, group.extent), axis=-1)
-            seen = jnp.ones(band)
+            seen = jnp.ones(shape)
             if group.in_part:
-                inside_y, inside_x = (
-                    (places >= 0) & (places < group.extent.size_hw[:, axis, None])
-                    for axis, places in enumerate((rows, columns))
-                )
+                inside_y, inside_x = _inside(rows, columns, group.extent)
                 seen = (inside_y[:, :, None] & inside_x[:, None, :]).astype(jnp.float32)
                 probabilities *= seen[..., None]
-            return (sums[0] + seen, sums[1] + probabilities), None
+            return sums[0] + seen, sums[1] + probabilities
 
-        sums, _ = jax.lax.scan(add, sums, (group.logits, _band(group.rows, first_row), group.columns))
+        sums = jax.lax.fori_loop(0, needed, add, sums)
     times, total = sums
     return total / jnp.maximum(1.0, times)[..., None]  # No pass sees what lies outside the image.
 
 
-def _band(rows: jax.Array, first_row: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(rows, first_row, CANVAS_MULTIPLE, axis=-1)
+def _inside(rows: jax.Array, columns: jax.Array, extent: Extent) -> tuple[jax.Array, jax.Array]:
+    """Which rows [..., B, Ho] and columns [..., B, Wo] lie within what was seen."""
+    height, width = extent.size_hw[:, 0, None], extent.size_hw[:, 1, None]
+    return (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
 
 
 def _resized(logits: jax.Array, rows: jax.Array, columns: jax.Array, extent: Extent) -> jax.Array:

@@ -17,6 +17,7 @@ from dsnet_jax.evaluation.passes import (
     merged_labels,
     mirror,
     passes_over,
+    tile_by_tile,
 )
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
 from dsnet_jax.models.dsnet import DSNet
@@ -86,9 +87,7 @@ def probabilities_on_a_canvas(network, variables, images, size_hw, scaled_hw, la
     extent = Extent(size_hw, images.shape[1:3])
     network = partial(network, variables)
     passes = passes_over(network, extent.zero_outside(images), extent, scaled_hw, label_hw, label_canvas_hw, protocol)
-    bands = jax.lax.map(partial(mean_probabilities, passes), jnp.arange(0, label_canvas_hw[0], 32))
-    probabilities = bands.swapaxes(0, 1).reshape(len(images), *label_canvas_hw, -1)
-    return probabilities, merged_labels(passes, label_hw, label_canvas_hw)
+    return tile_by_tile(mean_probabilities, passes), merged_labels(passes, label_hw)
 
 
 def assert_equal_to_the_plain_loop(network, variables, sizes_hw, protocol, label_scale=1):
@@ -152,6 +151,30 @@ def test_a_network_with_every_kind_of_layer_gives_the_same_on_a_canvas(tiny_back
     assert_equal_to_the_plain_loop(network, variables, [(53, 61)], protocol)
 
 
+def test_a_window_is_read_for_the_tiles_that_it_shows_and_for_no_others():
+    """Windows elsewhere cost nothing. One whose logits are no numbers spoils its own tiles alone."""
+    side_h, side_w, window = 96, 288, 64  # Tiles are 32 x 128, the third of a row is 32 wide.
+    tops, lefts = (0, 32), (0, 64, 128, 192, 224)
+    corners = np.array([(top, left) for top in tops for left in lefts], np.float32)
+    logits = np.random.default_rng(0).standard_normal((len(corners), 1, 8, 8, 3)).astype(np.float32)
+    spoilt = 4  # At row 0, column 224: in the upper two tiles of the second and of the third column.
+    places = ((np.arange(side) + 0.5 - corners[:, axis, None])[:, None] for axis, side in enumerate((side_h, side_w)))
+    rows, columns = (jnp.array(axis, jnp.float32) for axis in places)
+    extent = Extent(jnp.array([[window, window]]), (window, window))
+
+    def probabilities(logits):
+        return np.asarray(tile_by_tile(mean_probabilities, [Passes(logits, rows, columns, extent, in_part=True)]))[0]
+
+    sound = probabilities(jnp.array(logits))
+    assert np.isfinite(sound).all() and sound.shape == (side_h, side_w, 3)
+    logits[spoilt] = np.nan
+    expected = np.zeros((side_h, side_w), bool)
+    expected[:64, 128:] = True
+    found = probabilities(jnp.array(logits))
+    np.testing.assert_array_equal(np.isnan(found).any(axis=-1), expected)
+    np.testing.assert_array_equal(found[~expected], sound[~expected])
+
+
 def test_images_are_mirrored_within_their_width():
     images = np.random.default_rng(0).random((3, 4, 7, 2), np.float32)
     mirrored = np.asarray(jax.jit(mirror)(images, jnp.array([7, 3, 1])))
@@ -167,7 +190,7 @@ def test_labels_of_one_pass_are_the_argmax_of_its_resized_logits(valid_in, valid
     extent, ratio_hw = Extent(size_hw, (128, 96)), size_hw / label_hw
     rows, columns = ((jnp.arange(side) + 0.5) * ratio_hw[:, axis, None] for axis, side in enumerate((128, 96)))
     passes = [Passes(logits[None], rows[None], columns[None], extent, in_part=False)]
-    labels = np.asarray(jax.jit(merged_labels, static_argnums=2)(passes, label_hw, (128, 96)))
+    labels = np.asarray(jax.jit(merged_labels)(passes, label_hw))
     resized = np.asarray(resize_bilinear(logits, (128, 96), ratio_hw / 8, extent.valid_hw((16, 12))))
     for row, (height, width) in enumerate([valid_out, (127, 33)]):
         inside = row, slice(height), slice(width)
@@ -193,7 +216,7 @@ def test_resized_logits_are_never_held_as_a_whole(name):
         passes = passes_over(
             lambda images, extent: network(images), images, extent, scaled_hw, size_hw, (side, side), protocol
         )
-        return merged_labels(passes, size_hw, (side, side))
+        return merged_labels(passes, size_hw)
 
     def shaped(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
