@@ -64,9 +64,11 @@ def export(
     elif file_format == "torchvision":
         data = backbone_to_safetensors(variables, description)
     else:
+        config = config.copy_and_resolve_references()
         if file_format == "onnx":  # Its runtimes have no bfloat16 on CPU.
-            config = config.copy_and_resolve_references()
             config.model.dtype = "float32"
+        elif size_hw is None:  # Products with hat matrices come in bands of a known size.
+            config.model.sampling_formulation = "platform"
         model = build_model(config.model, spec.num_classes)
         description["computed_in"] = config.model.dtype
         # Bands are a loop, which ONNX's runtimes do not make quicker.

@@ -180,6 +180,15 @@ def test_what_cannot_be_written_is_told_before_anything_is_computed(output, mess
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "models"]
 
 
+def test_a_program_of_any_size_samples_without_bands_whatever_the_run_did(random_run, tmp_path):
+    file = random_run / "config.json"
+    config = json.loads(file.read_text())
+    config["model"]["sampling_formulation"] = "hat"
+    file.write_text(json.dumps(config))
+    command = ["export", f"--workdir={random_run}", "--format=stablehlo", f"--output={tmp_path}/any.stablehlo"]
+    assert main(command) == 0
+
+
 def test_a_network_of_any_size_cannot_have_a_non_local_block(random_run, tmp_path):
     config = default_config()
     config.model.sampling = "nonlocal"
