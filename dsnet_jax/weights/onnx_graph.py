@@ -209,8 +209,14 @@ class _Graph:
         free = [names[i] for names, x, used in ((of_a, a, (*contract_a, *batch_a)), (of_b, b, (*contract_b, *batch_b)))
                 for i in range(len(x.shape)) if i not in used]  # fmt: skip
         result = "".join([of_a[i] for i in batch_a] + free)
-        # Einsum takes the axes in whatever order they lie.
-        spelled = ["".join(names[i] for i in _axes(x)) for names, x in ((of_a, a), (of_b, b))]
+        inputs, spelled = [], []
+        for x, names, batch in ((a, of_a, batch_a), (b, of_b, batch_b)):
+            axes = _axes(x)  # Einsum takes them in whatever order they lie.
+            if not isinstance(x, Tensor):  # With an axis of 1 a constant would make the batch 1.
+                once = tuple(i for i in batch if x.shape[i] == 1)
+                x, axes = x.squeeze(once), [i for i in axes if i not in once]
+            inputs.append(x)
+            spelled.append("".join(names[i] for i in axes))
         return self.node("Einsum", inputs, out, equation=f"{spelled[0]},{spelled[1]}->{result}")
 
     def _reshape(self, inputs, out, params):

@@ -19,6 +19,11 @@ def run(graph, image):
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
     onnx.checker.check_model(model)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    # What the runtime infers for itself from the operations, as what the file declares.
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph.output[0]
+    declared = [side.dim_param or side.dim_value for side in graph.output[0].type.tensor_type.shape.dim]
+    assert [side.dim_param or side.dim_value for side in inferred.type.tensor_type.shape.dim] == declared
+    assert session.get_outputs()[0].shape == declared
     return session.run(None, {"image": image})[0]
 
 
@@ -28,6 +33,7 @@ def run(graph, image):
     [
         {"sampling": "nonlocal", "guide": "pyramid"},
         {"name": "dynamic_filter"},
+        {"name": "pspnet"},
         {"name": "dcnv2"},
         {"name": "deeplabv3plus"},
     ],
