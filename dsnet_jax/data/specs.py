@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from dsnet_jax.data import class_tables
+from dsnet_jax.data.files import check_printable
 from dsnet_jax.errors import InputError
 
 IGNORE_LABEL = 255
@@ -16,7 +17,7 @@ Colour = tuple[int, int, int]
 
 
 def _is_colour(colour: tuple) -> bool:
-    return len(colour) == 3 and all(channel in range(256) for channel in colour)
+    return len(colour) == 3 and all(type(channel) is int and channel in range(256) for channel in colour)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class DatasetSpec:
             raise ValueError(f"{len(self.class_names)} classes: there can be 1 to {IGNORE_LABEL}")
         if twice := sorted({name for name in self.class_names if self.class_names.count(name) > 1}):
             raise ValueError(f"class {twice[0]!r} is named more than once")
+        if not all(map(str.strip, self.class_names)):
+            raise ValueError(f"class {list(map(str.strip, self.class_names)).index('')} has no name")
         if len(self.palette) != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} classes, but {len(self.palette)} colours")
         if bad := [colour for colour in self.palette if not _is_colour(colour)]:
@@ -165,6 +168,8 @@ def parse_class_list(data: bytes, path: str, name: str) -> ClassList:
         names, colours, ignored = (_parse_json if path.endswith(".json") else _parse_lines)(text)
         if colours and len(colours) != len(names):
             raise ValueError(f"{len(colours)} of {len(names)} classes have a colour: give one to all or to none")
+        for class_name in names:
+            check_printable(path, class_name)
         spec = DatasetSpec(name, names, colours or voc_palette(len(names)))
         values = tuple(value for value in ignored if isinstance(value, int))
         if wrong := [value for value in values if not spec.num_classes <= value <= 255]:
