@@ -88,7 +88,9 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(file, "np") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError) as error:  # The last two for types that NumPy has not.
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: holds arrays of a type that NumPy has not ({error}): save it as float32") from error
+    except SafetensorError as error:
         raise _damaged(file, error) from error
 
 
