@@ -294,6 +294,12 @@ def test_a_folder_laid_out_otherwise_is_refused_with_what_is_missing(source, tmp
         build(lambda *args: Folder("town", *args), tmp_path / "root", source)
 
 
+def test_files_beside_the_splits_are_told(source, tmp_path):
+    (source / "images" / "loose.png").write_bytes(b"")
+    builder = build(lambda *args: Folder("town", *args), tmp_path / "root", source)
+    assert builder.notes == [f"{source}/images: 1 files beside the splits' folders were not read, as loose.png"]
+
+
 def test_a_camvid_folder_without_its_splits_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"there is no train/ or val/"):
         build(Camvid, tmp_path / "root", tmp_path)

@@ -7,6 +7,7 @@ another data set says where its pairs are and, if its masks are not such labels 
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -285,6 +286,10 @@ class Folder(SegmentationBuilder, skip_registration=True):
             raise InputError(
                 f"{root}/images/{strange[0]}: not a name for a split: take letters, digits and _, and not `all`"
             )
+        for folder in (f"{root}/images", f"{root}/masks"):
+            if loose := [path for path in self.source.files(folder) if os.path.dirname(path) == folder]:
+                first = os.path.basename(loose[0])
+                self.notes.append(f"{folder}: {len(loose)} files beside the splits' folders were not read, as {first}")
         return {split: _find(self.source, split, f"{root}/images/{split}", f"{root}/masks/{split}") for split in splits}
 
     @functools.cached_property
