@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +129,10 @@ class PublishedSource:
                     self._unread.setdefault(folder, str(error))  # A disk's lost+found, say: the data may lie beside it.
             return found
 
-        if path.name == piece.inside[0].split("/")[0] and kind_of_path(path) == "folder" and holding(str(path.parent)):
-            return [str(path.parent)]  # VOC2012/ itself was given.
+        given = Path(os.path.abspath(path))  # Of `.` the name is none.
+        is_innermost = given.name == piece.inside[0].split("/")[0] and kind_of_path(path) == "folder"
+        if is_innermost and holding(str(given.parent)):
+            return [str(given.parent)]  # VOC2012/ itself was given.
         level = [str(path)]
         for _ in range(SEARCH_DEPTH + 1):
             if found := try_all(holding, level):

@@ -3,6 +3,7 @@ import hashlib
 import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,12 @@ def test_a_piece_is_found_in_a_folder_as_it_is_and_a_few_folders_deeper(tmp_path
 def test_its_innermost_folder_may_be_given(tmp_path, open_paths):
     write(tmp_path)
     assert open_paths(tmp_path / "Kit").find(PHOTOS) == str(tmp_path)
+
+
+def test_it_may_be_the_folder_where_one_is(tmp_path, open_paths, monkeypatch):
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path / "Kit")
+    assert open_paths(Path(".")).find(PHOTOS) == str(tmp_path)
 
 
 def test_a_piece_is_found_in_an_archive_given_by_any_name(tmp_path, open_paths):
