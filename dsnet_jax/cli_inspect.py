@@ -99,7 +99,10 @@ def _model(options: argparse.Namespace) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from dsnet_jax.data.inspection import inspect_data
+    from dsnet_jax.workdir import check_writable
 
+    if options.output is not None:
+        check_writable(options.output, "give another --output")
     inspect_data(options.root, options.name, options.split, options.output)
 
 
