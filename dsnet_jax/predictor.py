@@ -32,8 +32,9 @@ def load(path: epath.PathLike, step: int | str | None = None, protocol: str = "s
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: 1 or more is needed")
     with reaching(path, "give another path"):
-        is_folder = epath.Path(path).is_dir()
-    if not is_folder and str(path).endswith(".safetensors"):
+        place = epath.Path(path)
+        is_file = not place.is_dir() and (place.exists() or place.suffix == ".safetensors")
+    if is_file:
         if step is not None:
             raise InputError(f"{path}: a file has one step, {step!r} cannot be chosen: give the workdir, or no step")
         config, spec, variables, found = read_safetensors(path)

@@ -34,12 +34,12 @@ def test_a_loaded_run_labels_as_the_command_does_and_in_batches_of_any_sizes(
     colours = network.colourise(several[0])
     np.testing.assert_array_equal(colours[several[0] == 0], np.full(((several[0] == 0).sum(), 3), (200, 60, 60)))
 
-    file = tmp_path / "run.safetensors"
+    file = tmp_path / "run.weights"  # Whatever its name is.
     assert main(["export", f"--workdir={random_run}", "--format=safetensors", f"--output={file}"]) == 0
     from_file = dsnet_jax.load(file)
     assert from_file.class_names == network.class_names
     np.testing.assert_array_equal(from_file.predict(images[0]), by_command)
-    with pytest.raises(InputError, match=r"run\.safetensors: a file has one step, 500 cannot be chosen"):
+    with pytest.raises(InputError, match=r"run\.weights: a file has one step, 500 cannot be chosen"):
         dsnet_jax.load(file, step=500)
 
 
