@@ -23,6 +23,7 @@ import numpy as np
 
 from dsnet_jax.data.decoding import decode_image, decode_mask
 from dsnet_jax.data.records import Split
+from dsnet_jax.data.threads import threads_for
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import track
 
@@ -181,7 +182,7 @@ def _write(split: Split, file: Path, needed: int):
 
 
 def _pictures(split: Split) -> Iterator[Picture]:
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(threads_for()) as threads:
         for start in range(0, len(split), _AT_ONCE):
             indices = range(start, min(start + _AT_ONCE, len(split)))
             yield from threads.map(lambda index: decode_picture(split, index), indices)

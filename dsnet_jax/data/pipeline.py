@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from dsnet_jax.data.cache import DecodedSplit, Picture, decode_picture, name_of
 from dsnet_jax.data.records import Split
+from dsnet_jax.data.threads import threads_for
 from dsnet_jax.data.transforms import augment, resize_image
 from dsnet_jax.errors import InputError
 
@@ -98,15 +99,6 @@ def train_batches(
     batches = batches[process_index::process_count][start_step:steps]
     threads = threads_for(data_config.read_threads, data_config.worker_count)
     return _iterate(batches, threads, data_config.worker_count)
-
-
-def threads_for(read_threads: int, worker_count: int = 0) -> int:
-    """`config.data.read_threads`, or for 0 what suits the machine: one for each processor of the process, 4 to 32.
-
-    Where there are workers, these are shared by them.
-    """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return read_threads or max(1, min(max(4, processors), 32) // max(1, worker_count))
 
 
 def records_of_step(record_count: int, seed: int, step: int, batch_size: int) -> np.ndarray:

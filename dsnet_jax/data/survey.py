@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 from dataclasses import dataclass
 
 import cv2
@@ -92,7 +91,7 @@ def look_at(split: Split) -> Look:
     """
     shown = set(spread_evenly(EXAMPLES, len(split)))
     seen, panels = [], []
-    examples = evaluation_examples(split, image_scale=1.0, read_threads=os.cpu_count() or 1)
+    examples = evaluation_examples(split, image_scale=1.0)
     for example in track(examples, f"looking at {split.spec.name} {split.name}", len(split)):
         seen.append(_see(example))
         if example.index in shown:

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy as np
 from dsnet_jax.data.archives import Source
 from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, is_rotated
 from dsnet_jax.data.specs import IGNORE_LABEL
+from dsnet_jax.data.threads import threads_for
 from dsnet_jax.errors import InputError
 from dsnet_jax.progress import track
 
@@ -175,7 +175,7 @@ def check_splits(
         return _check_pair(pair, read_image, read_labels, num_classes, max_pixels)
 
     results = {}
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(threads_for())
     try:
         for split, files in found.items():
             results[split] = list(track(pool.map(check, files.pairs), f"checking {split}", len(files.pairs)))

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from dsnet_jax import parallel, processes
 from dsnet_jax.data.drawing import write_picture
-from dsnet_jax.data.pipeline import Example, evaluation_examples, threads_for
+from dsnet_jax.data.pipeline import Example, evaluation_examples
 from dsnet_jax.data.records import Split, spread_evenly
 from dsnet_jax.data.specs import DatasetSpec
+from dsnet_jax.data.threads import threads_for
 from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.boundary import boundary_counts

@@ -17,11 +17,11 @@ import pytest
 from absl import flags
 
 from dsnet_jax.config import default_config
-from dsnet_jax.data import pipeline
 from dsnet_jax.data.pipeline import evaluation_examples, records_of_step, train_batches
 from dsnet_jax.data.prepare import prepare
 from dsnet_jax.data.records import Record, Split, open_split
 from dsnet_jax.data.specs import SHAPES, DatasetSpec
+from dsnet_jax.data.threads import threads_for
 from dsnet_jax.errors import InputError
 
 RECORDS, BATCH_SIZE = 11, 4
@@ -152,8 +152,8 @@ def test_to_resume_at_a_step_gives_the_rest_of_the_batches(split, data_config):
     [(1, 0, 0, 4), (96, 0, 0, 32), (12, 0, 0, 12), (12, 0, 5, 2), (96, 3, 2, 3)],
 )
 def test_threads_suit_the_machine_unless_a_number_is_asked_for(processors, asked, workers, threads, monkeypatch):
-    monkeypatch.setattr(pipeline.os, "sched_getaffinity", lambda _: range(processors))
-    assert pipeline.threads_for(asked, workers) == threads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(processors))
+    assert threads_for(asked, workers) == threads
 
 
 @pytest.mark.parametrize("read_threads", [0, 1, 5])
