@@ -82,7 +82,8 @@ def default_config() -> ConfigDict:
     optimizer.decay_norm_and_bias = True  # False leaves batch norm's parameters and biases out of weight decay.
     optimizer.backbone_lr_multiplier = 0.1  # The paper's text says 1 here ...
     optimizer.head_lr_multiplier = 1.0  # ... and 0.1 here; see docs/architecture.md, "Where we deviate".
-    optimizer.offset_lr_multiplier = 1.0  # On top of head_lr_multiplier, for the convolution that predicts offsets.
+    optimizer.offset_lr_multiplier = 1.0  # On top of head_lr_multiplier, for the convolution that predicts offsets,
+    #                                        in networks that have one.
 
     config.training = training = ConfigDict()
     training.epochs = 80  # Each of as many steps as the training split fills whole batches.
@@ -93,7 +94,8 @@ def default_config() -> ConfigDict:
     training.ema_decay = 0.0  # Of an exponential moving average of the weights, per step, which is then what is
     #                           evaluated; 0: none.
     training.max_skipped_in_a_row = 5  # Steps that are not finite are skipped; after so many in a row the run stops.
-    training.log_every_steps = 50  # Means of these steps, in metrics.jsonl, TensorBoard and on the terminal.
+    training.log_every_steps = 50  # In metrics.jsonl, TensorBoard and on the terminal: the losses' means over these
+    #                                 steps, the largest offset of all, the rest of the last one.
     training.checkpoint_every_steps = 500  # And after the last, and when the run is told to stop.
     training.evaluate_every_epochs = 10  # And after the last.
 
@@ -189,6 +191,7 @@ def load_config(arguments: list[str]) -> ConfigDict:
         if values.config is None:
             raise InputError("--config is missing: give one of the files in configs/", exit_code=2)
         config = values.config.lock()
+        _check_given_once(config, arguments)
         check_values(config)
         return config
     except (flags.Error, AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
@@ -201,6 +204,16 @@ def load_config(arguments: list[str]) -> ConfigDict:
     except Exception as error:  # A config file is a program, and may raise anything.
         found = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         raise InputError(f"config: the file raises {found} (--debug shows where)", exit_code=2) from error
+
+
+def _check_given_once(config: ConfigDict, arguments: list[str]) -> None:
+    """Of other fields the last value is taken; ml_collections adds tuples up."""
+    names = [match[1] for match in map(re.compile(r"--?config\.([\w.]+)").match, arguments) if match]
+    fields = _flat(config.to_dict())
+    if twice := [name for name in names if names.count(name) > 1 and isinstance(fields.get(name), tuple)]:
+        raise InputError(
+            f"--config.{twice[0]} is given twice, and its values would be added up: give it once", exit_code=2
+        )
 
 
 def check_values(config: ConfigDict) -> None:
@@ -231,6 +244,14 @@ def check_values(config: ConfigDict) -> None:
         )
     if len(scale_range) != 2 or scale_range[0] > scale_range[1]:
         raise InputError(f"config.data.scale_range is {scale_range}: the least and the largest are needed", exit_code=2)
+    if not fields["evaluation.scales"]:
+        raise InputError("config.evaluation.scales is empty: at least one is needed", exit_code=2)
+    for name in ("evaluation.slide_crop_hw", "evaluation.slide_stride_hw"):
+        sides = fields[name]
+        if sides and (len(sides) != 2 or not all(isinstance(side, int) for side in sides)):
+            raise InputError(
+                f"config.{name} is {sides}: height and width are needed, in whole pixels, or none", exit_code=2
+            )
     scale_box = fields["data.scale_box"]
     if scale_box and (len(scale_box) != 2 or scale_box[0] < scale_box[1]):
         raise InputError(f"config.data.scale_box is {scale_box}: the long and the short edge are needed", exit_code=2)

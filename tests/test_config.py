@@ -108,6 +108,8 @@ def test_no_config_file_at_all_is_told():
         ("data.scale_range=(0.0,0.5)", "0.01 to "),
         ("data.scale_box=(512,2048)", "the long and the short edge"),
         ("data.scale_box=(512,512,512)", "the long and the short edge"),
+        ("evaluation.slide_crop_hw=(96,)", "height and width are needed"),
+        ("evaluation.slide_stride_hw=(96,96.5)", "in whole pixels"),
         ("model.output_stride=0", "one of 8, 16, 32 is needed"),
         ("model.output_stride=12", "one of 8, 16, 32 is needed"),
     ],
@@ -116,6 +118,16 @@ def test_a_value_out_of_range_is_refused_with_its_field(override, message):
     field = override.split("=")[0]
     found = error_of(QUICKSTART, f"--config.{override}")
     assert f"config.{field} is " in found and message in found
+
+
+def test_no_scale_at_all_is_refused():
+    assert "config.evaluation.scales is empty" in error_of(QUICKSTART, "--config.evaluation.scales=()")
+
+
+def test_a_tuple_is_given_once_and_of_other_fields_the_last_value_counts():
+    rates = "--config.model.atrous_rates=6,12"
+    assert "--config.model.atrous_rates is given twice" in error_of(QUICKSTART, rates, "-config.model.atrous_rates=3,6")
+    assert load_config([QUICKSTART, rates, "--config.seed=1", "--config.seed=2"]).seed == 2
 
 
 def test_a_box_and_a_working_resolution_together_are_refused():

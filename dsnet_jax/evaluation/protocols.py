@@ -82,20 +82,10 @@ def protocol_named(name: str, config: ConfigDict) -> Protocol:
     if name not in NAMES:
         raise InputError(f"--protocol is {name!r}: one of {', '.join(NAMES)} is needed", exit_code=2)
     if name == "ms_flip":
-        scales = tuple(map(float, config.evaluation.scales))
-        if not scales:
-            raise InputError("config.evaluation.scales is empty: at least one is needed", exit_code=2)
-        return Protocol(name, scales, flip=True)
+        return Protocol(name, tuple(map(float, config.evaluation.scales)), flip=True)
     if name == "slide":
         crop_hw = tuple(config.evaluation.slide_crop_hw or config.data.crop_size_hw)
         stride_hw = tuple(config.evaluation.slide_stride_hw) or tuple(-(-2 * side // 3) for side in crop_hw)
-        sides = *crop_hw, *stride_hw
-        if len(crop_hw) != 2 or len(stride_hw) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise InputError(
-                f"config.evaluation.slide_crop_hw is {crop_hw}, slide_stride_hw is {stride_hw}: height and width are "
-                "needed of each, in whole pixels",
-                exit_code=2,
-            )
         if any(stride > side for stride, side in zip(stride_hw, crop_hw, strict=True)):
             raise InputError(
                 f"config.evaluation.slide_stride_hw is {stride_hw}, windows of {crop_hw} would leave pixels out: "
