@@ -19,7 +19,7 @@ from dsnet_jax.stopping import Stopped, raising
 # What helps the commands that label images where memory does not suffice.
 FEWER_IMAGES = "fewer images at a time (a smaller --config.evaluation.batch_size)"
 SMALLER_IMAGES = "smaller images (a smaller --max-pixels refuses the others)"
-WINDOWS = "--protocol=slide, which sees an image in windows (--config.evaluation.slide_crop_hw)"
+WINDOWS = "--protocol=slide with small windows (--config.evaluation.slide_crop_hw)"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,6 +15,8 @@ _FIGURES = (
     r"(?:Out of memory )?(?:while trying to allocate|allocating) [\d.]+ ?\w*",
 )
 
+ELSEWHERE = "in another --workdir "  # Before fields that a run keeps, whether it has taken a step or not.
+
 
 @contextlib.contextmanager
 def out_of_memory_explained(advice: Sequence[str]) -> Iterator[None]:
@@ -41,18 +43,24 @@ def advice_for_step(config: ConfigDict, devices: int) -> list[str]:
     parts = config.training.accumulation_steps
     images = config.data.batch_size // (devices * parts)
     height, width = config.data.crop_size_hw
-    advice = [f"fewer images at a time ({images} a device now: a smaller config.data.batch_size, or a larger"]
-    advice[0] += f" config.training.accumulation_steps, {parts} now)"
-    advice.append(f"smaller crops (config.data.crop_size_hw, {height}x{width} now)")
-    if config.training.remat != "blocks":
-        advice.append("config.training.remat=blocks")
-    return advice + _narrower(config)
+    advice = ["config.training.remat=blocks"] if config.training.remat != "blocks" else []
+    return [
+        *advice,
+        f"{ELSEWHERE}fewer images at a time ({images} a device now: a smaller config.data.batch_size, or a larger "
+        f"config.training.accumulation_steps, {parts} now)",
+        f"smaller crops (config.data.crop_size_hw, {height}x{width} now)",
+        *_narrower(config),
+    ]
 
 
-def advice_for_evaluation(config: ConfigDict) -> list[str]:
-    """The fields that lower what the evaluations of a run need."""
-    batch_size = config.evaluation.batch_size
-    return [f"fewer images at a time (config.evaluation.batch_size, {batch_size} now)", *_narrower(config)]
+def advice_for_evaluation(config: ConfigDict, devices: int) -> list[str]:
+    """The fields that lower what the evaluations of a run need, by so many devices of a process."""
+    images, narrower = config.evaluation.batch_size, _narrower(config)
+    # Each device labels one image at least.
+    advice = [f"fewer images at a time (config.evaluation.batch_size, {images} now)"] if images > devices else []
+    if narrower:
+        advice.append(ELSEWHERE + narrower[0])
+    return advice or ["devices with more memory, or a smaller network"]
 
 
 def _narrower(config: ConfigDict) -> list[str]:

@@ -40,9 +40,9 @@ def test_the_compilers_figure_is_told_and_each_field_with_its_value(error, figur
     with pytest.raises(InputError) as raised, out_of_memory_explained(advice_for_step(config, 4)):
         raise jax.errors.JaxRuntimeError(error)
     assert str(raised.value) == (
-        f"out of memory: {figure}: what helps is fewer images at a time (4 a device now: a smaller "
-        "config.data.batch_size, or a larger config.training.accumulation_steps, 2 now), smaller crops "
-        "(config.data.crop_size_hw, 512x512 now), config.training.remat=blocks, config.model.dtype=bfloat16"
+        f"out of memory: {figure}: what helps is config.training.remat=blocks, in another --workdir fewer images at a "
+        "time (4 a device now: a smaller config.data.batch_size, or a larger config.training.accumulation_steps, 2 "
+        "now), smaller crops (config.data.crop_size_hw, 512x512 now), config.model.dtype=bfloat16"
     )
 
 
@@ -50,16 +50,18 @@ def test_what_a_run_has_already_is_not_recommended():
     config = default_config()
     config.model.dtype, config.training.remat = "bfloat16", "blocks"
     assert not any("bfloat16" in advice or "remat" in advice for advice in advice_for_step(config, 1))
-    assert not any("bfloat16" in advice for advice in advice_for_evaluation(config))
+    assert not any("bfloat16" in advice for advice in advice_for_evaluation(config, 1))
 
 
 def test_an_evaluation_is_advised_on_its_own_batch():
     config = default_config()
     config.evaluation.batch_size = 6
-    assert advice_for_evaluation(config) == [
+    elsewhere = "in another --workdir config.model.dtype=bfloat16"
+    assert advice_for_evaluation(config, 4) == [
         "fewer images at a time (config.evaluation.batch_size, 6 now)",
-        "config.model.dtype=bfloat16",
+        elsewhere,
     ]
+    assert advice_for_evaluation(config, 8) == [elsewhere]  # Six are eight there.
 
 
 def test_other_errors_stay_as_they_are():
