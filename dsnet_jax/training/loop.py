@@ -56,7 +56,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     steps = config.training.epochs * epoch
     from_seed, step_function = step_of(config, model, steps)
     check_shares(config, mesh.size)
-    if config.init_from and check_workdir(workdir, config, split.spec) is None:  # A run that goes on does without.
+    is_new = check_workdir(workdir, config, split.spec) is None
+    if is_new and config.init_from:  # A run that goes on does without.
         check_there(config.init_from)
     if config.data.cache_decoded_gb:
         folder, limit = Path(config.data.root) / config.data.name / "decoded", int(config.data.cache_decoded_gb * 1e9)
@@ -269,7 +270,7 @@ class _Run:
     def evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Scores the state and notes what it scored; its checkpoint is there or under way."""
         try:
-            with out_of_memory_explained(advice_for_evaluation(self.config)):
+            with out_of_memory_explained(advice_for_evaluation(self.config, jax.local_device_count())):
                 found = evaluate(self.model, self.state.for_evaluation, self.held_out, self.config, stop=self.stop)
         except Stopped as stopped:
             self.end(step, stopped.signal)

@@ -382,12 +382,15 @@ def test_an_evaluation_that_memory_does_not_suffice_for_is_told_its_own_fields(s
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.43GiB.")
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    with pytest.raises(InputError, match=r"12\.43GiB: what helps .*config\.evaluation\.batch_size, 8 now") as raised:
+    small_config.evaluation.batch_size = 16
+    with pytest.raises(InputError, match=r"12\.43GiB: what helps .*config\.evaluation\.batch_size, 16 now") as raised:
         train(small_config, tmp_path)
     assert "data.batch_size" not in str(raised.value)
 
 
-def test_another_config_is_refused_in_the_same_workdir(full_run, small_config):
+def test_another_config_is_refused_in_the_same_workdir(full_run, small_config, monkeypatch):
+    monkeypatch.delattr(loop, "decoded_once")  # Takes long, and comes last.
+    small_config.data.cache_decoded_gb = 0.01
     small_config.optimizer.base_lr = 0.2
     small_config.training.epochs = 3
     with pytest.raises(InputError) as raised:
