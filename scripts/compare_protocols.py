@@ -31,7 +31,6 @@ from dsnet_jax.ops import Extent, resize_bilinear
 from dsnet_jax.ops.normalise import normalise
 
 TURNS = 3
-STRIDE = 8  # Of the logits of a DSNet that samples stage3.
 
 
 def main() -> None:
@@ -107,14 +106,16 @@ def _blocks(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray:
 def plain_probabilities(model: nn.Module, protocol: Protocol, variables: dict, image: jax.Array) -> jax.Array:
     """The mean softmax of all passes over a bare image, uint8 [H, W, 3] -> [H, W, K], as one would write it down.
 
-    The network takes normalised images and gives logits at `STRIDE`.
+    The network takes normalised images.
     """
     size_hw = image.shape[:2]
+    bare = partial(model.apply, variables, train=False)
+    stride = 64 // jax.eval_shape(bare, jnp.zeros((1, 64, 64, 3))).logits.shape[1]
     image = normalise(image[None])
 
     def seen(images: jax.Array, shape_hw: tuple[int, int]) -> jax.Array:
-        logits = model.apply(variables, images, train=False).logits
-        ratio_hw = tuple(size / shape / STRIDE for size, shape in zip(images.shape[1:3], shape_hw, strict=True))
+        logits = bare(images).logits
+        ratio_hw = tuple(size / shape / stride for size, shape in zip(images.shape[1:3], shape_hw, strict=True))
         return jax.nn.softmax(resize_bilinear(logits, shape_hw, ratio_hw), axis=-1)
 
     if protocol.crop_hw:

@@ -212,6 +212,13 @@ def test_whole_trainings_take_turns_and_their_scores_are_told(scripts, flags, pl
     assert "not run" not in capsys.readouterr().out
 
 
+def test_a_training_that_pytorchs_side_does_not_do_is_refused(scripts, flags, played_train, capsys):
+    arguments = ["training", "--rounds=1", "--peer-python=python", *flags["evaluation"]]
+    assert scripts["benchmark"].main([*arguments, "--config.training.ema_decay=0.9"]) == 2
+    assert "config.training.ema_decay=0.9: PyTorch's side does not train so" in capsys.readouterr().err
+    assert not played_train.exists()
+
+
 def test_a_training_that_fails_is_told_in_one_line(scripts, flags, played_train, capsys):
     assert scripts["benchmark"].main(["training", "--threads=1", "--epochs=3", *flags["evaluation"]]) == 1
     assert "benchmark: dsnet train ended with exit code 1: dsnet: no such data" in capsys.readouterr().err

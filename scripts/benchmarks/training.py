@@ -12,6 +12,7 @@ in its time. With segmentation_models_pytorch in the other Python its DeepLabV3+
 import argparse
 import contextlib
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -32,6 +33,22 @@ from dsnet_jax.errors import InputError
 ROUNDS = 1
 DSNET = [sys.executable, "-m", "dsnet_jax"]
 OURS, THEIRS, SMP = "dsnet_jax", "PyTorch, the same network", "PyTorch, segmentation_models' DeepLabV3+"
+
+THEIRS_ALWAYS = {  # Fields that its side is not told, as it trains.
+    "data.flip_probability": 0.5,
+    "data.scale_box": (),
+    "model.aspp_dropout": 0.0,
+    "model.dropout": 0.1,
+    "model.deep_supervision": False,
+    "optimizer.poly_power": 0.9,
+    "optimizer.momentum": 0.9,
+    "optimizer.decay_norm_and_bias": True,
+    "optimizer.backbone_lr_multiplier": 1.0,
+    "optimizer.head_lr_multiplier": 1.0,
+    "optimizer.offset_lr_multiplier": 1.0,
+    "training.accumulation_steps": 1,
+    "training.ema_decay": 0.0,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +112,9 @@ def _flags(config: ConfigDict, folder: Path) -> list[Any]:
         "val": open_split(config.data.root, config.data.name, config.data.eval_split),
     }
     network = same_network(config)
+    ours = {name: operator.attrgetter(name)(config) for name in THEIRS_ALWAYS}
+    if other := [f"config.{name}={value!r}" for name, value in ours.items() if value != THEIRS_ALWAYS[name]]:
+        raise InputError(f"{', '.join(other)}: PyTorch's side does not train so, leave --peer-python out", exit_code=2)
     for name, split in splits.items():
         write_for_peer(split, folder / name)
     return [
