@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/overfit.py --config=configs/camvid_dsnet_r18.py --images=8 --steps=800
 
-Two mIoUs are printed, both on the training images at working resolution: that of the network, evaluated as always, and
-that of logits on its output grid that are fitted to the labels directly, the most that any network of this stride can
-reach. A ratio well below 1 says that the network, the loss or the data path loses something.
+Two mIoUs are printed, both on the training images at working resolution: that of the network, and that of logits on its
+output grid that are fitted to the labels directly, the most that any network of this stride can reach. Both grids are
+stretched to images whose sides are no multiples of the stride, in place of the cells that an evaluation has beyond. A
+ratio well below 1 says that the network, the loss or the data path loses something.
 """
 
 import argparse

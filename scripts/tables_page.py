@@ -81,7 +81,8 @@ def _cpu(folder: Path, fields: Iterable[str]) -> str:
         'means of the runs, in brackets the least and the largest. "To the grid" is the mean difference to CGDS on the '
         "regular grid, over the seeds that both have, in brackets each; boundary IoU is that of Cheng et al. (CVPR "
         "2021). Offsets are in pixels of the sampled map: their mean and the share of points outside of the map at the "
-        "last step, and the largest that a run logged. Minutes are those of the steps alone, of the quickest run.",
+        "last step (grids at its edge reach out of it without any offsets), and the largest that a run logged. Minutes "
+        "are those of the steps alone, of the quickest run.",
         _comparison(rows),
         "One run after another: `python scripts/tables.py --scale=cpu`; or by hand, for instance:",
         f"```bash\n{train}\n{evaluate}\n```",
