@@ -271,6 +271,8 @@ class _Graph:
     def _slice(self, inputs, out, params):
         (x,) = inputs
         strides = params["strides"] or (1,) * len(x.shape)
+        if is_symbolic_dim(x.shape[0]) and x.shape[0] != out.shape[0]:
+            raise NotImplementedError(f"ONNX: a part {out.shape} of the batch of {x.shape} has no rule")
         cut = [
             (start, limit, stride, _axes(x).index(axis))
             for axis, (start, limit, stride) in enumerate(zip(params["start_indices"], params["limit_indices"], strides,

@@ -93,6 +93,9 @@ def test_an_operation_gives_what_jax_gives_whatever_the_order_of_axes(function, 
 def test_what_has_no_rule_is_named():
     with pytest.raises(NotImplementedError, match="sort"):
         to_graph(lambda x: jnp.sort(x), jax.ShapeDtypeStruct((4,), jnp.float32))
+    batch = jax.export.symbolic_shape("b")[0]
+    with pytest.raises(NotImplementedError, match="a part .* of the batch"):
+        to_graph(lambda x: x[1:], jax.ShapeDtypeStruct((batch, 4), jnp.float32))
 
 
 def test_a_network_that_onnx_cannot_have_is_refused_in_one_line():
