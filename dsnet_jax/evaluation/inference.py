@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsnet_jax import parallel
-from dsnet_jax.evaluation.canvases import WAITING_PIXELS, Batch, CanvasPair, batches, choose_canvases, own_canvases
+from dsnet_jax.evaluation.canvases import WAITING_PIXELS, Batch, CanvasPair, batches, choose_canvases
 from dsnet_jax.evaluation.metrics import confusion_counts
 from dsnet_jax.evaluation.passes import merged_labels, passes_over
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
@@ -77,10 +77,7 @@ class Segmenter:
         return whole
 
     def run(
-        self,
-        examples: Iterable["Example"],
-        batch_size: int,
-        canvases_of: Callable[["Example"], CanvasPair] = own_canvases,
+        self, examples: Iterable["Example"], batch_size: int
     ) -> Iterator[tuple[Batch, jax.Array, jax.Array | None]]:
         """Labels all examples: yields each batch with what `__call__` returns for it.
 
@@ -89,9 +86,8 @@ class Segmenter:
         Args:
           examples: see `batches`.
           batch_size: images a batch, see `whole`.
-          canvases_of: see `batches`.
         """
-        return self._run(batches(examples, self.whole(batch_size), WAITING_PIXELS, canvases_of))
+        return self._run(batches(examples, self.whole(batch_size)))
 
     def _run(self, in_turn: Iterable[Batch]) -> Iterator[tuple[Batch, jax.Array, jax.Array | None]]:
         under_way = None
