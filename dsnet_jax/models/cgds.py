@@ -11,6 +11,7 @@ from dsnet_jax.models.layers import HEAD_INIT, BatchNorm, Conv, ConvNormRelu, re
 from dsnet_jax.models.nonlocal_block import NonLocal
 from dsnet_jax.ops import Extent, dynamic_sampling_conv
 from dsnet_jax.ops.convolution import conv2d
+from dsnet_jax.ops.precision import float32_or_wider
 
 # Where the points come from: a convolution of the guide; the same of the guide after a non-local block, the paper's
 # other sampling operation; of the sampled map itself, as in deformable convolution; from nowhere, the regular grid.
@@ -74,7 +75,7 @@ class DynamicSamplingConv(nn.Module):
             offsets, sampled = None, conv2d(source, kernel.astype(source.dtype))
         else:
             # Started at zero: the module begins as an ordinary convolution. bfloat16 has steps of 1/4 pixel at 32.
-            precise = jnp.promote_types(self.dtype, jnp.float32)
+            precise = float32_or_wider(self.dtype)
             outputs = (3 if self.modulated else 2) * k * k
             init = nn.initializers.zeros
             predicted = Conv(outputs, 3, use_bias=True, kernel_init=init, dtype=precise, name="offset")(guide, extent)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dsnet_jax.models.layers import Conv, ConvNormRelu, SegmentationOutput
 from dsnet_jax.ops import Extent
+from dsnet_jax.ops.precision import float32_or_wider
 
 
 class Classifier(nn.Module):
@@ -30,7 +31,7 @@ class Classifier(nn.Module):
         x = ConvNormRelu(self.width, 3, dtype=self.dtype, name="conv")(x, extent, train=train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         # Logits near 20 are 1/8 apart in bfloat16, so that classes would tie.
-        precise = jnp.promote_types(self.dtype, jnp.float32)
+        precise = float32_or_wider(self.dtype)
         return Conv(self.num_classes, use_bias=True, dtype=precise, name="logits")(x, extent)
 
 

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dsnet_jax.ops.precision import float32_or_wider
+
 # Of the products of queries and keys, how many exist at a time for one image: 8 MB in float32. A crop of 512 x 512 at
 # stride 16 has 2^20; an image of 1024 x 2048 has 2^26, 268 MB.
 MAX_PRODUCTS = 2**21
@@ -36,7 +38,7 @@ def attend(
     bands = -(-count * keys.shape[1] // max_products)
     length = -(-count // bands)
     bands = -(-count // length)
-    precise = jnp.promote_types(queries.dtype, jnp.float32)
+    precise = float32_or_wider(queries.dtype)
 
     @partial(jax.checkpoint, prevent_cse=bands == 1)
     def of_band(band):

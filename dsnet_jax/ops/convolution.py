@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from dsnet_jax.ops.precision import at_least_float32
+from dsnet_jax.ops.precision import float32_or_wider
 
 Formulation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -145,7 +145,7 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, stride: int, dilation: int
         return jax.lax.slice(padded, (0, down, right, 0), end, (1, stride, stride, 1)).reshape(-1, channels)
 
     taps, together = range(size**2), max(1, MOST_COLUMNS // channels)
-    by_rows, wide = (((0,), (0,)), ((), ())), at_least_float32(x[:0]).dtype
+    by_rows, wide = (((0,), (0,)), ((), ())), float32_or_wider(x.dtype)
     gradient = gradient.reshape(-1, gradient.shape[-1])
     products = []
     for first in taps[::together]:
@@ -157,7 +157,7 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, stride: int, dilation: int
 def _tap_by_tap(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
     """The sum over taps of a matrix product of the cells that the tap reads inside the map."""
     size, (height, width) = kernel.shape[0], x.shape[1:3]
-    result = jnp.zeros((*x.shape[:3], kernel.shape[3]), at_least_float32(x[:0]).dtype)
+    result = jnp.zeros((*x.shape[:3], kernel.shape[3]), float32_or_wider(x.dtype))
     for row in range(size):
         for column in range(size):
             down, right = dilation * (row - size // 2), dilation * (column - size // 2)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dsnet_jax.ops.extent import Extent
+from dsnet_jax.ops.precision import float32_or_wider
 
 
 def adaptive_mean(x: jax.Array, bins: int, extent: Extent | None = None) -> jax.Array:
@@ -30,7 +31,7 @@ def adaptive_mean(x: jax.Array, bins: int, extent: Extent | None = None) -> jax.
         members = ((first <= cells) & (cells < after)).astype(x.dtype)
         members = jnp.broadcast_to(members, (x.shape[0], *members.shape[1:]))
         pattern = ("bih,bhwc->biwc", "biw,bhwc->bhic")[axis]
-        precise = jnp.promote_types(x.dtype, jnp.float32)
+        precise = float32_or_wider(x.dtype)
         sums = jnp.einsum(pattern, members, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=precise)
         counts = (after - first).astype(precise)
         x = sums / (counts[..., None] if axis == 0 else counts[:, None])

@@ -4,6 +4,11 @@ import jax
 import jax.numpy as jnp
 
 
+def float32_or_wider(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """float32, or the type itself if it is wider: float64 runs, the references of tests, stay in float64 throughout."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """`x` in float32, or as it is if it is wider: float64 runs, the references of tests, stay in float64 throughout."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """`x` in `float32_or_wider`."""
+    return x.astype(float32_or_wider(x.dtype))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsnet_jax.ops.manual_axes import zeros
+from dsnet_jax.ops.precision import float32_or_wider
 from dsnet_jax.ops.taps import Taps
 
 # Of products that stand for reading a cell or adding to it: by JAX's default a TPU rounds float32 to bfloat16, and an
@@ -112,6 +113,6 @@ def _outer(y: jax.Array, x: jax.Array) -> jax.Array:
 def _multiply(equation: str, a: jax.Array, b: jax.Array, of_float32: jax.lax.Precision | None = None) -> jax.Array:
     """`einsum` in the narrower type of the two, added up in float32 or wider; `of_float32` where it is not narrower."""
     dtype = a.dtype if jnp.finfo(a.dtype).bits < jnp.finfo(b.dtype).bits else b.dtype
-    precise = jnp.promote_types(dtype, jnp.float32)
+    precise = float32_or_wider(dtype)
     precision = of_float32 if dtype == precise else None
     return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=precise)
