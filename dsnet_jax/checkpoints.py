@@ -13,11 +13,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, listed
 from dsnet_jax.integrity import checksum, damaged_file, first_line, report_errors_once, sealed, unsealed
 
 MANIFEST = "manifest"  # The item beside the trees: what they hold, and the provenance.
-MAX_NAMES = 10
 
 
 @functools.cache
@@ -89,7 +88,7 @@ class Checkpoints:
             looks = sorted(path.name for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir())
             if looks and (self._is_local or self._read_only):
                 raise InputError(
-                    f"{self.folder}: {', '.join(looks[:MAX_NAMES])} look like checkpoints, but none is complete or "
+                    f"{self.folder}: {', '.join(listed(looks))} look like checkpoints, but none is complete or "
                     "has the name it was saved by: move them away to start afresh"
                 )
         return steps
@@ -200,7 +199,7 @@ class Checkpoints:
             raise InputError(
                 f"{self.folder / str(step)}: saved by another network or optimizer, arrays that differ: "
                 f"{len(different)}: use the config that it was trained with, or another --workdir\n"
-                + _listed(different)
+                + "\n".join(listed(different))
             )
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +221,7 @@ class Checkpoints:
             move = "mv" if self._is_local else "gcloud storage mv"
             paths = shlex.join([str(path), str(self.folder.parent / f"damaged-{step}")])
             advice = f"to go on from step {others[-1]}, `{move} {paths}` and give the same command again"
-        return InputError(f"{path}: damaged, {what}: {advice}" + ("\n" + _listed(names) if names else ""))
+        return InputError(f"{path}: damaged, {what}: {advice}" + ("\n" + "\n".join(listed(names)) if names else ""))
 
     def _failed_save(self, reason: str) -> InputError:
         step, need = self._saving
@@ -301,8 +300,3 @@ def _text(described: dict[str, Any]) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _listed(lines: Sequence[str]) -> str:
-    more = [f"and {len(lines) - MAX_NAMES} more"] if len(lines) > MAX_NAMES else []
-    return "\n".join([*lines[:MAX_NAMES], *more])

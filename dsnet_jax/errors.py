@@ -1,8 +1,8 @@
-"""The one exception that a user may cause."""
+"""The one exception that a user may cause, and what its messages have in common."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class InputError(Exception):
@@ -15,6 +15,11 @@ class InputError(Exception):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def listed(lines: Sequence[str], most: int = 10) -> list[str]:
+    """The first lines or names of many, and how many more there are."""
+    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
 @contextlib.contextmanager

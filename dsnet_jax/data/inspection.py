@@ -16,9 +16,8 @@ from dsnet_jax.data.records import composed_splits, open_split, split_names
 from dsnet_jax.data.specs import IGNORE_LABEL
 from dsnet_jax.data.survey import PANEL_HW, Look, look_at
 from dsnet_jax.data.suspicions import Finding, suspicious
-from dsnet_jax.errors import writing_into
+from dsnet_jax.errors import listed, writing_into
 
-LISTED = 10  # Names below a finding; the JSON file has all of them.
 COLUMNS = 6  # Of a sheet of examples.
 
 
@@ -50,8 +49,7 @@ def inspect_data(root: str, name: str, split: str | None = None, output: epath.P
     for finding in findings:
         console.print(Text(f"- {finding.what}"))
         if finding.names:
-            more = f", and {len(finding.names) - LISTED} more" if len(finding.names) > LISTED else ""
-            console.print(Text(f"    {', '.join(finding.names[:LISTED])}{more}"))
+            console.print(Text(f"    {', '.join(listed(finding.names))}"))
     if output is not None:
         _write(epath.Path(output), looks, findings)
 

@@ -13,7 +13,7 @@ import time
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, listed
 from dsnet_jax.processes.launch import Place
 
 JOIN_SECONDS = 300  # For all processes to come.
@@ -202,10 +202,9 @@ class Hub(threading.Thread):
 
     def _who_is_missing(self) -> str:
         missing = [str(index) for index in range(self._count) if index not in self._members]
-        some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         return (
-            f"not all of {self._count} processes have come within {JOIN_SECONDS} s, missing: {some}: "
-            "start the same command on every host"
+            f"not all of {self._count} processes have come within {JOIN_SECONDS} s, missing: "
+            f"{', '.join(listed(missing))}: start the same command on every host"
         )
 
     def _serve(self) -> None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.config import default_config
 from dsnet_jax.data.specs import VOC2012
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, listed
 from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.weights.torch_files import read_arrays, sha256_of
@@ -26,7 +26,6 @@ from dsnet_jax.weights.torchvision import LEFT_OUT, RELEASES, SAVED_AGAIN, Conve
 from dsnet_jax.workdir import LOCK, claim_workdir, locked_workdir, write_text
 
 PORT = "port.json"  # Where the weights of a folder come from.
-MAX_NAMES = 10
 
 
 def port(file: str, workdir: epath.PathLike, backbone_only: bool = False) -> None:
@@ -118,12 +117,10 @@ def arrays_ported(
     what = f"{layout.backbone} with stem {layout.stem}" + (f" and head {layout.head}" if layout.head else "")
     if conversion.faults:
         kinds = Counter(line.partition(": ")[2].split()[0] for line in conversion.faults)
-        lines = conversion.faults[:MAX_NAMES]
-        more = len(conversion.faults) - len(lines)
         raise InputError(
             f"{source}: nearest is {what}, but {len(conversion.faults)} of its arrays do not fit "
             f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())}): give a complete file of a network "
-            "that docs/porting.md lists\n" + "\n".join(lines + ([f"and {more} more"] if more else []))
+            "that docs/porting.md lists\n" + "\n".join(listed(conversion.faults))
         )
     if layout.head and layout.classes != VOC2012.num_classes:
         raise InputError(

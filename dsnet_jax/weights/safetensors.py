@@ -14,12 +14,10 @@ from ml_collections import ConfigDict
 from dsnet_jax.checkpoints import leaf_name, named_leaves
 from dsnet_jax.config import from_json, to_json
 from dsnet_jax.data.specs import DatasetSpec
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, listed
 from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.weights.description import FORMAT
 from dsnet_jax.weights.torchvision import BLOCKS, LEAVES, STEMS
-
-MAX_NAMES = 10
 
 
 def to_safetensors(
@@ -90,10 +88,9 @@ def read_safetensors(
         if found.get(name) != wanted.get(name)
     ]
     if different:
-        lines = different[:MAX_NAMES] + [f"and {len(different) - MAX_NAMES} more"] * (len(different) > MAX_NAMES)
         raise InputError(
             f"{file}: {len(different)} arrays are not those of its config: the file was changed, export it again\n"
-            + "\n".join(lines)
+            + "\n".join(listed(different))
         )
 
     def array(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
