@@ -42,8 +42,8 @@ class DatasetSpec:
             raise ValueError(f"{len(self.class_names)} classes: there can be 1 to {IGNORE_LABEL}")
         if twice := sorted({name for name in self.class_names if self.class_names.count(name) > 1}):
             raise ValueError(f"class {twice[0]!r} is named more than once")
-        if not all(map(str.strip, self.class_names)):
-            raise ValueError(f"class {list(map(str.strip, self.class_names)).index('')} has no name")
+        if unnamed := [label for label, name in enumerate(self.class_names) if not name.strip()]:
+            raise ValueError(f"class {unnamed[0]} has no name")
         if len(self.palette) != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} classes, but {len(self.palette)} colours")
         if bad := [colour for colour in self.palette if not _is_colour(colour)]:
