@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from dsnet_jax.errors import InputError, listed
 from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.weights.torch_files import read_arrays, sha256_of
-from dsnet_jax.weights.torchvision import LEFT_OUT, RELEASES, SAVED_AGAIN, Conversion, Layout, convert, recognise
+from dsnet_jax.weights.torchvision import RELEASES, SAVED_AGAIN, Conversion, Layout, convert, is_left_out, recognise
 from dsnet_jax.workdir import LOCK, claim_workdir, locked_workdir, write_text
 
 PORT = "port.json"  # Where the weights of a folder come from.
@@ -111,7 +110,7 @@ def arrays_ported(
 
     def may_be_left_out(name: str) -> bool:
         outside = layout.head is None and not name.startswith(layout.prefix)
-        return outside or re.fullmatch(LEFT_OUT, name.removeprefix(layout.prefix)) is not None
+        return outside or is_left_out(name.removeprefix(layout.prefix))
 
     conversion = convert(arrays, _shapes(layout), layout.table, may_be_left_out)
     what = f"{layout.backbone} with stem {layout.stem}" + (f" and head {layout.head}" if layout.head else "")

@@ -185,8 +185,13 @@ class Conversion:
     cast: Counter[str] = field(default_factory=Counter)
 
 
+def is_left_out(name: str) -> bool:
+    """Whether an array of torchvision's is one that no network here has."""
+    return re.fullmatch(LEFT_OUT, name) is not None
+
+
 def convert(
-    arrays: Mapping[str, np.ndarray], shapes: Any, table: Table, may_be_left_out: Callable[[str], bool] | None = None
+    arrays: Mapping[str, np.ndarray], shapes: Any, table: Table, may_be_left_out: Callable[[str], bool] = is_left_out
 ) -> Conversion:
     """A network's variables from the arrays of a PyTorch module, every fault noted.
 
@@ -197,7 +202,7 @@ def convert(
       arrays: by name.
       shapes: params and batch_stats wanted, as from `jax.eval_shape`.
       table: what our modules are called there.
-      may_be_left_out: whether an array of that name may be there for nothing; None: by `LEFT_OUT`.
+      may_be_left_out: whether an array of that name may be there for nothing.
     """
     result, used = Conversion({}), set()
 
@@ -230,13 +235,9 @@ def convert(
 
     result.variables = jax.tree_util.tree_map_with_path(take, shapes)
     unused = [name for name in arrays if name not in used]
-    result.left_out = [name for name in unused if (may_be_left_out or _is_left_out)(name)]
+    result.left_out = [name for name in unused if may_be_left_out(name)]
     result.faults += [f"{name}: unknown" for name in unused if name not in result.left_out]
     return result
-
-
-def _is_left_out(name: str) -> bool:
-    return re.fullmatch(LEFT_OUT, name) is not None
 
 
 def _theirs(module: str, table: Table) -> str:
