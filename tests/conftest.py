@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -57,6 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: at the end, one worker would have it and the others nothing."""
     items.sort(key=lambda item: item.path.name != "test_several_processes.py")
+
+
+@pytest.fixture(autouse=True)
+def hangup_not_ignored() -> Iterator[None]:
+    """SIGHUP as usual, for the tests and the programs that they start, also where `nohup` started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,6 @@ import pytest
 from dsnet_jax.stopping import SAME_SIGNAL_SECONDS, SIGNALS, Stopped, deferred, raising, unhandled
 
 
-@pytest.fixture(autouse=True)
-def not_ignored():
-    """SIGHUP, as `nohup` would have it for the tests and for the programs that they start."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_raises_what_no_except_exception_catches(number, exit_code):
     with pytest.raises(Stopped, match=f"stopped by {number.name}") as raised, raising():
