@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from dsnet_jax.errors import InputError
-from dsnet_jax.training.metrics_log import MetricsLog
+from dsnet_jax.training.metrics_log import MetricsLog, summarise
 
 
 def write(workdir, start, *steps):
@@ -93,3 +93,14 @@ def test_a_line_left_half_written_by_a_killed_run_is_dropped(tmp_path):
 def test_tensorboard_is_told_to_forget_what_came_after_the_step(tmp_path):
     write(tmp_path, 4, 5, 6)
     assert [event.step for event in events(tmp_path) if event.session_log.status == 1] == [5]
+
+
+def test_skipped_steps_are_left_out_of_the_mean_loss_and_counted():
+    steps = [{"loss": 1.0, "skipped": 0}, {"learning_rate": 0.5, "skipped": 1}, {"loss": 2.0, "skipped": 1}]
+    assert summarise(steps) == {"loss": 1.5, "skipped": 1}
+    assert summarise(steps[1:2]) == {"learning_rate": 0.5, "skipped": 1}
+
+
+def test_the_largest_offset_of_all_steps_is_logged():
+    steps = [{"offset_max": 2.0, "offset_mean": 1.0}, {"offset_max": 9.0, "offset_mean": 2.0}, {"skipped": 1}]
+    assert summarise(steps) == {"skipped": 1, "offset_max": 9.0}
