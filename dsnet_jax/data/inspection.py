@@ -45,6 +45,11 @@ def inspect_data(root: str, name: str, split: str | None = None, output: epath.P
             count = sum(counts[part] for part in parts)
             console.print(Text(f"{composed}: {count:,} images, those of {' and '.join(parts)}"))
     console.print(Text("sizes: height x width; shares: of the pixels not ignored; ignored: of all labels' pixels\n"))
+    for look in looks:
+        if look.left_out:
+            console.print(Text(f"{look.name}: {len(look.left_out)} left out by --skip-bad when it was prepared"))
+            for line in listed(look.left_out):
+                console.print(Text(f"    {line}"))
     console.print(Text(f"{len(findings)} suspicious" if findings else "nothing suspicious"))
     for finding in findings:
         console.print(Text(f"- {finding.what}"))
@@ -115,6 +120,7 @@ def _write(folder: epath.Path, looks: Sequence[Look], findings: Sequence[Finding
             look.name: {
                 "images": len(look.seen),
                 "labelled": len(look.labelled),
+                "left_out": look.left_out,
                 "sizes": _sizes(look),
                 "classes": _classes(look) if look.labelled else None,
                 "ignored_pixels": int(look.label_pixels[IGNORE_LABEL]),

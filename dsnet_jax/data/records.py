@@ -45,6 +45,7 @@ class Split:
       spec: classes and colours.
       sizes_hw: heights and widths of all N records, int32 [N, 2].
       fingerprint: changes with the records' content and order.
+      left_out: what `dsnet prepare --skip-bad` left out of it, and why, one line each.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, name: str):
@@ -55,6 +56,7 @@ class Split:
         self.spec = DatasetSpec.from_json(metadata["spec"])
         self.sizes_hw = np.concatenate([np.array(part["sizes_hw"], np.int32).reshape(-1, 2) for part in stored])
         self.fingerprint = _join([part["fingerprint"] for part in stored])
+        self.left_out = [line for part in stored for line in part["left_out"]]
         as_stored = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source("+".join(parts), decoders=as_stored)
 

@@ -49,12 +49,14 @@ class Look:
       spec: its classes, K of them.
       seen: its images, in order.
       panels: examples spread evenly, pairs of id and picture.
+      left_out: what it does not hold for its problems, one line each.
     """
 
     name: str
     spec: DatasetSpec
     seen: list[Seen]
     panels: list[tuple[str, np.ndarray]]
+    left_out: list[str]
 
     @functools.cached_property
     def labelled(self) -> list[Seen]:
@@ -96,7 +98,7 @@ def look_at(split: Split) -> Look:
         seen.append(_see(example))
         if example.index in shown:
             panels.append((example.id, _panel(example, split.spec)))
-    return Look(split.name, split.spec, seen, panels)
+    return Look(split.name, split.spec, seen, panels, split.left_out)
 
 
 def _see(example: Example) -> Seen:

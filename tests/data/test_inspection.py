@@ -58,6 +58,7 @@ def test_the_report_counts_images_sizes_and_pixels_of_every_split(streets, tmp_p
     assert report["splits"]["train"] == {
         "images": 3,
         "labelled": 3,
+        "left_out": [],
         "sizes": {
             "different": 2,
             "smallest_hw": [10, 20],
@@ -114,6 +115,19 @@ def test_one_split_can_be_looked_at_alone(streets, tmp_path):
     assert list(report["splits"]) == ["val"]
     assert not any("share" in finding["what"] for finding in report["suspicious"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inspection.json", "val.png"]
+
+
+def test_what_was_left_out_when_it_was_prepared_is_told(tmp_path, capsys):
+    source = tmp_path / "source"
+    write(source, "train", "a", noise(0, (10, 20)), np.zeros((10, 20), np.uint8))
+    write(source, "train", "b", noise(1, (10, 20)), np.full((10, 20), 9, np.uint8))
+    (source / "classes.txt").write_text("road\ncar\n")
+    prepare("folder", str(source), str(tmp_path), name="streets", skip_bad=True)
+    capsys.readouterr()
+    report = report_of(tmp_path, tmp_path)["splits"]["train"]
+    assert report["images"] == 1 and len(report["left_out"]) == 1
+    assert "b.png: " in report["left_out"][0] and "9" in report["left_out"][0]
+    assert "train: 1 left out by --skip-bad when it was prepared\n" in capsys.readouterr().out
 
 
 def test_composed_splits_are_told_and_not_looked_at_twice(tmp_path, monkeypatch, capsys):

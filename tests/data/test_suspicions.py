@@ -21,7 +21,7 @@ def seen(
 
 
 def look(*images, name="train"):
-    return Look(name, SPEC, list(images), [])
+    return Look(name, SPEC, list(images), [], [])
 
 
 def told(*looks):
