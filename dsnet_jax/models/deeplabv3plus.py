@@ -13,18 +13,18 @@ from dsnet_jax.models.layers import ConvNormRelu, SegmentationOutput, resize_map
 from dsnet_jax.models.resnet import ResNet
 from dsnet_jax.ops import Extent
 
+LOW_LEVEL_WIDTH = 48  # Channels that the low-level map is reduced to.
+
 
 class Decoder(nn.Module):
     """A low-level map, reduced, beside a high-level one, resized, and a 3x3 convolution of both.
 
     Attributes:
       width: channels of the output.
-      low_level_width: channels that the low-level map is reduced to.
       stride_ratio: the low-level map's stride over that of the high-level one.
     """
 
     width: int = 256
-    low_level_width: int = 48
     stride_ratio: float = 0.25
     dtype: Any = jnp.float32
 
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         self, low_level: jax.Array, high_level: jax.Array, extent: Extent | None = None, *, train: bool
     ) -> jax.Array:
         """`low_level` [B, H, W, C], `high_level` [B, h, w, C'] of the same images, to [B, H, W, width]."""
-        low_level = ConvNormRelu(self.low_level_width, dtype=self.dtype, name="reduce")(low_level, extent, train=train)
+        low_level = ConvNormRelu(LOW_LEVEL_WIDTH, dtype=self.dtype, name="reduce")(low_level, extent, train=train)
         high_level = resize_map(high_level, low_level.shape[1:3], self.stride_ratio, extent)
         x = jnp.concatenate([low_level, high_level], axis=-1)
         return ConvNormRelu(self.width, 3, dtype=self.dtype, name="fuse")(x, extent, train=train)
