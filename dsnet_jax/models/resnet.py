@@ -11,11 +11,17 @@ import jax.numpy as jnp
 from dsnet_jax.models.layers import BACKBONE_INIT, BatchNorm, Conv, ConvNormRelu, max_pool
 from dsnet_jax.ops import Extent
 from dsnet_jax.ops.batch_norm import STATISTICS, relu
+from dsnet_jax.ops.convolution import CONVOLVED
 
 STEM_WIDTHS = {"v1c": (32, 32, 64), "v1s": (64, 64, 128)}  # Three 3x3 convolutions in place of v1's one 7x7.
 
-# The parts that the gradient computes anew from their inputs and batch statistics, rather than read what they computed.
-REMAT = {"none": (), "stem": ("stem",), "blocks": ("stem", "blocks")}
+# Of these parts the gradient keeps inputs and what is named, and computes the rest anew. The stem's maps are the
+# largest: what is computed of its convolutions' results, element by element, is never kept.
+REMAT = {
+    "none": {"stem": (STATISTICS, CONVOLVED)},
+    "stem": {"stem": (STATISTICS,)},
+    "blocks": {"stem": (STATISTICS,), "blocks": (STATISTICS,)},
+}
 
 
 class BasicBlock(nn.Module):
@@ -117,8 +123,8 @@ class ResNet(nn.Module):
             raise ValueError(f"multi_grid is {self.multi_grid}: stage5 has {self.depth[-1]} blocks, one factor each")
 
         def run(part: str, call: Callable, module: nn.Module, x: jax.Array) -> jax.Array:
-            if part in REMAT[self.remat]:
-                call = nn.remat(call, policy=jax.checkpoint_policies.save_only_these_names(STATISTICS))
+            if train and (kept := REMAT[self.remat].get(part)):
+                call = nn.remat(call, policy=jax.checkpoint_policies.save_only_these_names(*kept))
             return call(module, x, extent)
 
         x = run("stem", lambda self, x, extent: max_pool(self._stem(x, extent, train), extent), self, x)

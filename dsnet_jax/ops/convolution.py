@@ -5,16 +5,21 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.export import is_symbolic_dim
 
 from dsnet_jax.ops.precision import float32_or_wider
 
 Formulation = Callable[[jax.Array, jax.Array], jax.Array]
 
+CONVOLVED = "convolved"  # The name by which rematerialisation can keep results.
+
 # Of a dilated kernel's products, those that read inside the map. Below this share a product for each tap, of what lies
 # inside alone, is faster on CPU than a convolution, which multiplies the padding too: 1.2 times at a share of 0.77
 # (rate 6 on 32 x 32 cells), 3.4 times at 0.39 (rate 18). See docs/performance.md.
 LARGEST_SHARE_OF_TAPS = 0.8
+
+FEW_CHANNELS = 8  # Those of images, and not those of feature maps, are fewer.
 
 # Of a matrix that holds what several taps read, for a kernel's gradient: wider ones are multiplied no faster.
 MOST_COLUMNS = 128
@@ -45,7 +50,7 @@ def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> tuple[jax.Array, tuple]:
-    return _conv2d(x, kernel, stride, dilation), (x, kernel)
+    return checkpoint_name(_conv2d(x, kernel, stride, dilation), CONVOLVED), (x, kernel)
 
 
 def _backward(stride: int, dilation: int, residuals: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,6 +61,13 @@ def _backward(stride: int, dilation: int, residuals: tuple, gradient: jax.Array)
     def gradients(formulation: Formulation) -> Callable:
         return lambda x, kernel, gradient: jax.vjp(formulation, x, kernel)[1](gradient)
 
+    def gradients_elsewhere(x, kernel, gradient):
+        # For the kernel's gradient the compiler of TPUs lays images out with the batch across its 128 lanes, however
+        # few they are. Without this it does so in the forward pass already, and keeps what at 12 is 14 times as large.
+        if x.shape[-1] < FEW_CHANNELS:
+            x = _once_there(x, gradient)
+        return gradients(elsewhere)(x, kernel, gradient)
+
     def gradients_on_cpu(x, kernel, gradient):
         (by_x,) = jax.vjp(lambda x: on_cpu(x, kernel), x)[1](gradient)
         return by_x, _kernel_gradient(x, kernel, stride, dilation, gradient)
@@ -63,7 +75,7 @@ def _backward(stride: int, dilation: int, residuals: tuple, gradient: jax.Array)
     on_cpu, elsewhere = _formulations(x.shape, kernel.shape[0], stride, dilation)
     tap_by_tap = on_cpu is not elsewhere  # Whose own gradients are products already.
     cpu = gradients(on_cpu) if tap_by_tap else gradients_on_cpu
-    return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=gradients(elsewhere))
+    return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=gradients_elsewhere)
 
 
 _conv2d.defvjp(_forward, _backward)
@@ -135,9 +147,8 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, stride: int, dilation: int
     size, channels = kernel.shape[0], x.shape[-1]
     rows, columns = gradient.shape[1:3]
     around = (size // 2 * dilation,) * 2
-    # XLA would read for every kernel in the forward pass, and keep it: nothing is read before the gradient is there.
-    corner = gradient[:, :1, :1, :1]
-    padded = jnp.where(corner == corner, jnp.pad(x, ((0, 0), around, around, (0, 0))), jnp.nan)  # A NaN stays one.
+    # XLA would read for every kernel in the forward pass, and keep it.
+    padded = _once_there(jnp.pad(x, ((0, 0), around, around, (0, 0))), gradient)
 
     def read(tap: int) -> jax.Array:
         down, right = (dilation * place for place in divmod(tap, size))
@@ -152,6 +163,12 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, stride: int, dilation: int
         patches = jnp.concatenate([read(tap) for tap in taps[first : first + together]], axis=1)
         products.append(jax.lax.dot_general(patches, gradient, by_rows, preferred_element_type=wide))
     return jnp.concatenate(products).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _once_there(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`x`, which nothing can be computed of before the gradient is there; NaN for an image of which that starts so."""
+    corner = gradient[:, :1, :1, :1]
+    return jnp.where(corner == corner, x, jnp.nan)
 
 
 def _tap_by_tap(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:

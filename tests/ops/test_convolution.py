@@ -72,6 +72,15 @@ def test_taps_are_multiplied_one_by_one_on_a_cpu_where_much_lies_outside_and_now
         assert operations((8, 8), 6, platform) == (1, 0)
 
 
+def test_off_the_cpu_images_wait_for_the_gradient_as_they_are_and_feature_maps_do_not():
+    def selections(channels):
+        x, kernel = jnp.ones((2, 9, 8, channels)), jnp.ones((3, 3, channels, 4))
+        gradient = jax.grad(lambda kernel: jnp.sum(conv2d(x, kernel, 2)))
+        return jax.jit(gradient).trace(kernel).lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.select ")
+
+    assert (selections(3), selections(8)) == (1, 0)
+
+
 def test_a_product_for_each_tap_is_added_up_in_float32():
     x = jnp.ones((1, 9, 9, 1), jnp.bfloat16)
     kernel = jnp.full((3, 3, 1, 1), 0.004, jnp.bfloat16).at[0, 0].set(1)  # Each less than a step at 1.
