@@ -36,7 +36,7 @@ class Segmenter:
     """
 
     def __init__(self, model: nn.Module, variables: dict, mesh: Mesh, protocol: Protocol = SINGLE_SCALE):
-        """Copies the variables to the devices of the mesh.
+        """Takes the variables as they are where they lie on the devices of the mesh, otherwise a copy.
 
         Args:
           model: see above; hashable, because programs are shared by all segmenters with an equal model.
@@ -45,7 +45,9 @@ class Segmenter:
           protocol: see above.
         """
         self.model, self.mesh, self.protocol = model, mesh, protocol
-        self._variables = jax.device_put(jax.device_get(variables), parallel.replicated(mesh))
+        whole = parallel.replicated(mesh)
+        there = all(getattr(leaf, "sharding", None) == whole for leaf in jax.tree.leaves(variables))
+        self._variables = variables if there else jax.device_put(jax.device_get(variables), whole)
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Labels a batch, whose size must be a multiple of the device count. Does not wait for the devices.

@@ -245,6 +245,19 @@ def test_programs_are_dropped_before_there_are_too_many_for_a_process(monkeypatc
         expected = labels
 
 
+def test_variables_that_lie_on_the_mesh_are_not_copied():
+    def bytes_on_devices():
+        return sum(array.nbytes * len(array.devices()) for array in jax.live_arrays())
+
+    variables = jax.device_put({"weights": np.ones(1000, np.float32)}, parallel.replicated(mesh_of(2)))
+    before = bytes_on_devices()
+    on_the_same = Segmenter(OneConvolution(), variables, mesh_of(2))
+    assert bytes_on_devices() == before
+    on_others = Segmenter(OneConvolution(), variables, mesh_of(4))
+    assert bytes_on_devices() >= before + 4 * 4000
+    assert on_the_same.protocol == on_others.protocol  # Both are still there.
+
+
 def test_the_next_batch_is_started_before_a_result_is_handed_out():
     model, taken = OneConvolution(), []
 
