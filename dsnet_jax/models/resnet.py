@@ -15,12 +15,12 @@ from dsnet_jax.ops.convolution import CONVOLVED
 
 STEM_WIDTHS = {"v1c": (32, 32, 64), "v1s": (64, 64, 128)}  # Three 3x3 convolutions in place of v1's one 7x7.
 
-# Of these parts the gradient keeps inputs and what is named, and computes the rest anew. The stem's maps are the
-# largest: what is computed of its convolutions' results, element by element, is never kept.
+# Of these parts the gradient keeps inputs and what is named, and computes the rest anew. The first parts' maps are the
+# largest: what is computed of their convolutions' results, element by element, is never kept.
 REMAT = {
-    "none": {"stem": (STATISTICS, CONVOLVED)},
-    "stem": {"stem": (STATISTICS,)},
-    "blocks": {"stem": (STATISTICS,), "blocks": (STATISTICS,)},
+    "none": {"stem": (STATISTICS, CONVOLVED), "stage2": (STATISTICS, CONVOLVED)},
+    "stem": {"stem": (STATISTICS,), "stage2": (STATISTICS, CONVOLVED)},
+    "blocks": dict.fromkeys(("stem", "stage2", "stage3", "stage4", "stage5"), (STATISTICS,)),
 }
 
 
@@ -143,7 +143,7 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     name=f"stage{stage}_block{i}",
                 )
-                x = run("blocks", lambda block, x, extent: block(x, extent, train=train), block, x)
+                x = run(f"stage{stage}", lambda block, x, extent: block(x, extent, train=train), block, x)
             features[stage] = x
         return features
 

@@ -31,16 +31,17 @@ def kept_an_image(network):
     return two - one
 
 
-def test_of_a_block_its_input_is_kept_alone():
+@pytest.mark.parametrize("depth, one_map, maps", [((2, 1, 1, 1), 8 * 8 * 64, 2.5), ((1, 1, 2, 1), 2 * 2 * 256, 3)])
+def test_of_a_block_its_input_is_kept_alone(depth, one_map, maps):
     a_block_more = {
-        remat: kept_an_image(ResNet((1, 1, 2, 1), Bottleneck, remat=remat))
+        remat: kept_an_image(ResNet(depth, Bottleneck, remat=remat))
         - kept_an_image(ResNet((1, 1, 1, 1), Bottleneck, remat=remat))
         for remat in REMAT
     }
-    one_map = 4 * 2 * 2 * 256 * Bottleneck.expansion
+    one_map *= 4 * Bottleneck.expansion
     assert a_block_more["blocks"] == one_map
-    # Input and outputs of two normalisations, a quarter as wide, of the third and of the block.
-    assert a_block_more["none"] == a_block_more["stem"] == 3 * one_map
+    # Inputs and, but for stage2, outputs of two normalisations, a quarter as wide; input of the third; the block's.
+    assert a_block_more["none"] == a_block_more["stem"] == maps * one_map
 
 
 def test_of_the_stem_its_input_is_kept_alone_or_what_its_convolution_made_too():
