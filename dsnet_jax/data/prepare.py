@@ -161,11 +161,11 @@ def _workspace(target: Path) -> Iterator[Path]:
     lock = os.open(folder, os.O_RDONLY)  # The system drops the lock of a process that is killed.
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        put_back()
-        for left in folder.iterdir():
-            print(f"removing what an interrupted run left in {folder}")
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
+            put_back()
+            for left in folder.iterdir():
+                print(f"removing what an interrupted run left in {folder}")
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield folder
         finally:
             put_back()
