@@ -4,9 +4,9 @@
 
 Ours is `dsnet train` in a process of its own: its start, compilation (nothing is cached), reading and decoding,
 checkpoints and evaluations are all in the time. PyTorch's side trains the same network on the same crops, batches and
-epochs, at the base learning rate throughout, and scores it as often; its start, and decoding every image once, are not
-in its time. With segmentation_models_pytorch in the other Python its DeepLabV3+ of the same backbone is trained too
-(--with-smp), which is another network. A turn is a whole training.
+epochs, all parts at the poly schedule of the base learning rate, and scores it as often; its start, and decoding every
+image once, are not in its time. With segmentation_models_pytorch in the other Python its DeepLabV3+ of the same
+backbone is trained too (--with-smp), which is another network. A turn is a whole training.
 """
 
 import argparse

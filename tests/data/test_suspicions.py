@@ -10,9 +10,7 @@ from dsnet_jax.data.suspicions import suspicious
 SPEC = DatasetSpec("streets", ("road", "car", "tree"), voc_palette(3))
 
 
-def seen(
-    id_, pixels=None, labels=None, *, size_hw=(3, 4), label_hw=(3, 4), deviation=50.0, counts=(4, 4, 3), ignored=1
-):
+def seen(id_, pixels=None, labels=None, *, size_hw=(3, 4), label_hw=(3, 4), deviation=50.0, counts=(4, 4, 3)):
     """An image of `size_hw` whose pixels and labels stand for themselves by a text each."""
     label_pixels = np.zeros(256, np.int64)
     label_pixels[:3], label_pixels[255] = counts, 1
