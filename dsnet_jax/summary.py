@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsnet_jax.data.records import open_split
-from dsnet_jax.data.specs import ADE20K, CAMVID, PASCAL_CONTEXT, PASCAL_CONTEXT_60, SHAPES, VOC2012
+from dsnet_jax.data.specs import ADE20K, CAMVID, IGNORE_LABEL, PASCAL_CONTEXT, PASCAL_CONTEXT_60, SHAPES, VOC2012
 from dsnet_jax.errors import InputError
 from dsnet_jax.experiment import build_model
 
@@ -92,11 +92,11 @@ def classes_of(config: ConfigDict, num_classes: int | None = None) -> int:
     """K: the number given, or that of the config's data set, which is prepared or one of those that we know.
 
     Raises:
-      InputError: less than one is given, or the data set is neither known nor prepared.
+      InputError: fewer than one or more than 255 are given, or the data set is neither known nor prepared.
     """
     if num_classes is not None:
-        if num_classes < 1:
-            raise InputError(f"--classes is {num_classes}: 1 or more are needed", exit_code=2)
+        if not 1 <= num_classes <= IGNORE_LABEL:
+            raise InputError(f"--classes is {num_classes}: 1 to {IGNORE_LABEL} are needed", exit_code=2)
         return num_classes
     specs = (SHAPES, CAMVID, VOC2012, ADE20K, PASCAL_CONTEXT, PASCAL_CONTEXT_60)
     known = {spec.name: spec.num_classes for spec in specs}

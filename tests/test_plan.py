@@ -314,6 +314,15 @@ def test_a_batch_that_an_evaluation_cannot_count_is_too_large_for_the_search(con
     assert told in capsys.readouterr().out
 
 
+def test_a_search_that_found_no_batch_that_fits_says_so(config, capsys, monkeypatch):
+    monkeypatch.setitem(TARGETS, "board", Target("cpu", memory=1.0))
+    monkeypatch.setattr(plan, "lower_training", lambda *_: None)
+    monkeypatch.setattr(plan, "compile_for", lambda *_: TooLarge(None))
+    plan.plan(config, "board", 1000, num_classes=3)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "largest batch: not found, less than 62: give a smaller --batch-per-device"
+
+
 def test_an_evaluation_is_planned_on_the_canvas_that_it_is_computed_on(config, mesh):
     config.data.crop_size_hw = (544, 513)  # The fixed list of canvases goes from 512 to 576.
     (_, images, *_), _ = lower_evaluation(config, build_model(config.model, 3), mesh).args_info

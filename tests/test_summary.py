@@ -145,6 +145,7 @@ def test_a_data_set_that_is_not_prepared_is_told_and_how_to_go_on(tmp_path):
         print_summary(config)
 
 
-def test_no_classes_at_all_are_refused():
-    with pytest.raises(InputError, match="--classes is 0"):
-        print_summary(default_config(), 0)
+@pytest.mark.parametrize("classes", [0, 256])
+def test_more_classes_than_labels_and_none_at_all_are_refused(classes):
+    with pytest.raises(InputError, match=f"--classes is {classes}: 1 to 255 are needed"):
+        print_summary(default_config(), classes)

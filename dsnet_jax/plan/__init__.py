@@ -86,6 +86,9 @@ def plan(
     limit = target.usable * target.memory
     largest = largest_batch(lambda batch: _measured(target, compiled(batch)), limit, tried, unit)
     beyond = largest.fits + unit
+    if not largest.fits and largest.too_large > unit:
+        print(f"largest batch: not found, less than {largest.too_large}: give a smaller --batch-per-device")
+        return
     if largest.too_large == beyond:
         rest = f"{beyond} do not fit"
     elif largest.expected <= largest.fits:
