@@ -291,10 +291,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    if options.submission or options.split:
-        return _predict_submission(options)
     if spaced := [given for given in options.inputs if given.startswith("--config")]:
         raise InputError(f"{spaced[0]!r}: leave out the spaces", exit_code=2)
+    if options.submission or options.split:
+        return _predict_submission(options)
     if not options.inputs or not options.output or options.root:
         raise InputError("predict wants images and --output, or --split and --submission (and --root)", exit_code=2)
     from dsnet_jax import parallel

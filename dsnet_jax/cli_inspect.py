@@ -99,7 +99,7 @@ def _model(options: argparse.Namespace) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     from dsnet_jax.data.inspection import inspect_data
-    from dsnet_jax.workdir import check_writable
+    from dsnet_jax.writing import check_writable
 
     if options.output is not None:
         check_writable(options.output, "give another --output")
@@ -109,19 +109,21 @@ def _data(options: argparse.Namespace) -> None:
 def _points(options: argparse.Namespace) -> None:
     from dsnet_jax import parallel
     from dsnet_jax.evaluation.sampling_pictures import draw_sampling_points
+    from dsnet_jax.training.memory import out_of_memory_explained
 
     parallel.configure()
-    draw_sampling_points(
-        options.workdir,
-        options.step,
-        options.split,
-        options.root,
-        ids=options.id,
-        images=options.images,
-        positions=options.position,
-        baseline=options.baseline,
-        output=options.output,
-    )
+    with out_of_memory_explained(["a smaller evaluation.batch_size in the run's config.json"]):
+        draw_sampling_points(
+            options.workdir,
+            options.step,
+            options.split,
+            options.root,
+            ids=options.id,
+            images=options.images,
+            positions=options.position,
+            baseline=options.baseline,
+            output=options.output,
+        )
 
 
 def _submission(options: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
-"""The folder of a run: whose it is, and what it remembers of its config and classes; and how files are written."""
+"""The folder of a run: whose it is, and what it remembers of its config and classes."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -12,8 +11,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dsnet_jax.config import FREE_FIELDS, differences, from_json, to_json
+from dsnet_jax.data.files import kind_of_path
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError, reaching, writing_into
+from dsnet_jax.writing import is_remote, write_text
 
 CONFIG, SPEC, LOCK = "config.json", "dataset.json", ".lock"
 ANOTHER = "give another --workdir"
@@ -75,17 +76,16 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec
 
 def check_workdir(workdir: epath.PathLike, config: ConfigDict, spec: DatasetSpec) -> list[str] | None:
     """`claim_workdir`, without writing: gives None for a workdir that is new."""
-    file = epath.Path(workdir) / CONFIG
-    with reaching(workdir, ANOTHER):
-        if not file.exists():
-            return None
-    different = differences(from_json(_read(file), str(file)), config)
+    workdir = epath.Path(workdir)
+    if not _is_claimed(workdir):
+        return None
+    different = differences(from_json(_read(workdir / CONFIG), str(workdir / CONFIG)), config)
     if fixed := [line for name, line in different.items() if name not in FREE_FIELDS]:
         raise InputError(
             f"{workdir} holds a run of another config: give another --workdir, or the old config again; "
             "what differs (old -> new):\n" + "\n".join(fixed)
         )
-    if _read_spec(epath.Path(workdir)) != spec:
+    if _read_spec(workdir) != spec:
         raise InputError(
             f"{workdir} holds a run on other classes or colours than {spec.name} has now: give another --workdir, "
             "or prepare the old data set again"
@@ -100,10 +100,16 @@ def open_workdir(workdir: epath.PathLike) -> tuple[ConfigDict, DatasetSpec]:
       InputError: there is none, it is not complete, or it cannot be reached or read.
     """
     workdir = epath.Path(workdir)
-    with reaching(workdir, ANOTHER):
-        if not (workdir / CONFIG).exists():
-            raise InputError(f"{workdir} holds no run ({CONFIG} is missing): give the --workdir of `dsnet train`")
+    if not _is_claimed(workdir):
+        raise InputError(f"{workdir} holds no run ({CONFIG} is missing): give the --workdir of `dsnet train`")
     return from_json(_read(workdir / CONFIG), f"{workdir / CONFIG}"), _read_spec(workdir)
+
+
+def _is_claimed(workdir: epath.Path) -> bool:
+    with reaching(workdir, ANOTHER):
+        if is_remote(workdir):
+            return (workdir / CONFIG).exists()
+        return kind_of_path(workdir / CONFIG) is not None  # `exists` says no where a folder may not be entered.
 
 
 def _read_spec(workdir: epath.Path) -> DatasetSpec:
@@ -125,52 +131,3 @@ def _read(file: epath.Path) -> str:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: damaged ({error}): copy it from where the run was made") from error
-
-
-def write_text(file: epath.Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    write_bytes(file, text.encode())
-
-
-def write_bytes(file: epath.Path, data: bytes) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    if is_remote(file):  # Object stores do so by themselves, and have no renaming.
-        file.write_bytes(data)
-        return
-    new = file.with_name(f".{file.name}.new")
-    try:
-        new.write_bytes(data)
-        new.replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):  # The first error is the one to tell.
-            new.unlink(missing_ok=True)
-        raise
-
-
-def check_writable(folder: epath.PathLike, otherwise: str) -> None:
-    """Tells before the work what would only be found after it. Makes nothing.
-
-    An object store is not asked whether it may be written, only whether it can be reached.
-
-    Args:
-      folder: need not be there.
-      otherwise: what the user can do, as "give another --output".
-
-    Raises:
-      InputError: the folder cannot be made or reached, or nothing be written into it.
-    """
-    folder = epath.Path(folder)
-    with writing_into(folder, otherwise):
-        if is_remote(folder):
-            folder.exists()
-            return
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is in an object store such as `gs://`, which knows neither locks nor appending."""
-    return "://" in os.fspath(path)

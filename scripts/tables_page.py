@@ -9,7 +9,7 @@ from pathlib import Path
 from tables_runs import ROWS, Run, facts_of, run_of
 
 from dsnet_jax.errors import InputError
-from dsnet_jax.workdir import write_text
+from dsnet_jax.writing import write_text
 
 NOTHING = "–"
 RUNS = "runs"  # Where the workdirs lie in the commands that are shown.

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from dsnet_jax.config import FREE_FIELDS, SCORE_FIELDS, differences, from_json, load_config
 from dsnet_jax.errors import InputError
-from dsnet_jax.workdir import write_text
+from dsnet_jax.writing import write_text
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -62,7 +62,7 @@ if command == "train":
         with log.open("a") as file:
             print(json.dumps({"step": steps, "val_miou": 0.1}), file=file)
 elif command == "evaluate":
-    folder = workdir / "evaluation" / f"val_{flags['protocol']}"
+    folder = workdir / "evaluation" / f"val-{flags['protocol']}"
     folder.mkdir(parents=True, exist_ok=True)
     miou = orders["miou"].get(workdir.name, 0.5) + 0.01 * (flags["protocol"] == "flip")
     results = {

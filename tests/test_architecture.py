@@ -13,7 +13,7 @@ MAX_LINES = 350
 # Part of dsnet_jax -> the parts that it may import, itself aside. The leaves, which anyone may import, import nobody.
 LEAVES = {"errors", "progress"}
 MODEL = {"models", "ops"}
-RUN = {"config", "data", "experiment", "workdir", "checkpoints", "parallel", "processes", "stopping"} | MODEL
+RUN = {"config", "data", "experiment", "workdir", "writing", "checkpoints", "parallel", "processes", "stopping"} | MODEL
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
@@ -23,18 +23,19 @@ MAY_IMPORT = {
     "processes": set(),
     "stopping": set(),
     "integrity": set(),
+    "writing": set(),
     "ops": set(),
     "models": {"ops"},
-    "data": {"config"},
+    "data": {"config", "writing"},
     "experiment": {"config", "data"} | MODEL,
-    "workdir": {"config", "data"},
+    "workdir": {"config", "data", "writing"},
     "checkpoints": {"config", "integrity", "workdir"} | MODEL,
     "summary": {"config", "data", "experiment"} | MODEL,
-    "weights": {"config", "data", "experiment", "workdir", "checkpoints"} | MODEL,
+    "weights": {"config", "data", "experiment", "workdir", "checkpoints", "writing"} | MODEL,
     "evaluation": RUN,
     "training": {"evaluation", "weights"} | RUN,
     "plan": {"training", "evaluation", "weights", "summary"} | RUN,
-    "cli_inspect": {"summary", "evaluation"} | RUN,
+    "cli_inspect": {"summary", "evaluation", "training"} | RUN,
     "predictor": {"evaluation", "weights"} | RUN,
     "cli_export": {"evaluation", "weights"} | RUN,
     "cli": {"cli_inspect", "cli_export", "plan", "summary", "training", "evaluation", "weights"} | RUN,

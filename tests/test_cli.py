@@ -164,6 +164,7 @@ def test_predict_wants_either_images_or_a_split(flags, message, capsys):
         ("evaluate.evaluate_run", ["evaluate"], cli.FEWER_IMAGES),
         ("predict.predict_files", ["predict", "--output=y", "a.png"], cli.SMALLER_IMAGES),
         ("submit.predict_submission", ["predict", "--split=test", "--submission=s.tgz"], cli.FEWER_IMAGES),
+        ("sampling_pictures.draw_sampling_points", ["inspect", "points"], "a smaller evaluation.batch_size"),
     ],
 )
 def test_memory_that_does_not_suffice_is_one_line_with_the_flags_that_help(

@@ -15,7 +15,8 @@ from etils import epath
 from dsnet_jax.config import FREE_FIELDS, default_config
 from dsnet_jax.data.specs import CAMVID, SHAPES
 from dsnet_jax.errors import InputError
-from dsnet_jax.workdir import check_workdir, check_writable, claim_workdir, locked_workdir, open_workdir, write_text
+from dsnet_jax.workdir import check_workdir, claim_workdir, locked_workdir, open_workdir
+from dsnet_jax.writing import check_writable
 
 
 def test_a_workdir_remembers_its_config_and_classes(tmp_path):
@@ -143,25 +144,6 @@ def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone_even_kille
         pass
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    write_text(epath.Path(tmp_path) / "config.json", "old")
-
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        write_text(epath.Path(tmp_path) / "config.json", "new")
-    assert (tmp_path / "config.json").read_text() == "old"
-
-
-def test_a_write_over_a_folder_leaves_nothing_beside_it(tmp_path):
-    (tmp_path / "figures").mkdir()
-    with pytest.raises(OSError):
-        write_text(epath.Path(tmp_path) / "figures", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
-
-
 @pytest.mark.parametrize("name", ["config.json", "dataset.json"])
 def test_what_a_workdir_remembers_but_cannot_be_read_is_an_error_in_one_line(tmp_path, monkeypatch, name):
     claim_workdir(tmp_path, default_config(), SHAPES)
@@ -192,31 +174,22 @@ def test_what_a_workdir_remembers_but_cannot_be_read_is_an_error_in_one_line(tmp
     refused(rf"{name}: cannot be read \(Permission denied\)")
 
 
-def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
-    check_writable(tmp_path / "new" / "deeper", "give another --output")
-    check_writable(tmp_path, "give another --output")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_in_the_way_is_told(tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(InputError, match=r"cannot be written \(Not a directory\): give another --output"):
-            check_writable(folder, "give another --output")
-
-
-def test_a_folder_that_may_only_be_read_is_told(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode & os.W_OK)))  # Root always may.
-    with pytest.raises(InputError, match=r"new cannot be written \(Permission denied\): give another --output"):
-        check_writable(tmp_path / "new", "give another --output")
-    assert asked == [(tmp_path, os.W_OK)]
-
-
 def test_a_folder_without_a_run_is_refused_and_not_made(tmp_path):
     with pytest.raises(InputError, match=r"config\.json is missing"):
         open_workdir(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_in_a_folder_that_may_not_be_entered_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    claim_workdir(tmp_path, default_config(), SHAPES)
+
+    def refused(path, **arguments):  # Root may enter everything.
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "stat", refused)
+    for use in (open_workdir, lambda workdir: check_workdir(workdir, default_config(), SHAPES)):
+        with pytest.raises(InputError, match=r"config\.json: cannot be read: Permission denied$"):
+            use(tmp_path)
 
 
 def test_a_config_with_a_field_that_this_version_does_not_know_is_named_with_its_file(tmp_path):

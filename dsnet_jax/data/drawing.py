@@ -1,14 +1,15 @@
 """Labels as people look at them: colours over an image, and sheets of pictures with a legend."""
 
+import io
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from etils import epath
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from dsnet_jax.data.specs import IGNORE_COLOUR, IGNORE_LABEL, Colour, DatasetSpec
+from dsnet_jax.writing import write_bytes
 
 GAP = 12  # Pixels between the parts of a sheet.
 FONT_SIZE = 15
@@ -99,8 +100,14 @@ def sheet(
 
 def write_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Writes an RGB picture, uint8 [H, W, 3], as PNG; the path may be gs://."""
-    with epath.Path(path).open("wb") as file:
-        Image.fromarray(picture).save(file, "PNG")
+    write_png(path, Image.fromarray(picture))
+
+
+def write_png(path: str | os.PathLike, picture: Image.Image) -> None:
+    """Writes a picture of Pillow's, whatever its mode; the path may be gs://."""
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    write_bytes(path, png.getvalue())
 
 
 def _flow(widths: list[float], available: float, spacing: float) -> list[tuple[int, float]]:

@@ -17,6 +17,7 @@ from dsnet_jax.data.specs import IGNORE_LABEL
 from dsnet_jax.data.survey import PANEL_HW, Look, look_at
 from dsnet_jax.data.suspicions import Finding, suspicious
 from dsnet_jax.errors import listed, writing_into
+from dsnet_jax.writing import write_text
 
 COLUMNS = 6  # Of a sheet of examples.
 
@@ -132,7 +133,7 @@ def _write(folder: epath.Path, looks: Sequence[Look], findings: Sequence[Finding
     }
     with writing_into(folder, "give another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "inspection.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_text(folder / "inspection.json", json.dumps(report, indent=2) + "\n")
         for look in looks:
             write_picture(folder / f"{look.name}.png", contact_sheet(look))
     print(f"written to {folder}: inspection.json, {', '.join(f'{look.name}.png' for look in looks)}")

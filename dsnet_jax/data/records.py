@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dsnet_jax.data.files import kind_of_path
 from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.errors import InputError
 
@@ -122,10 +123,10 @@ def open_builder(root: str, name: str) -> tfds.core.DatasetBuilder:
       name: of the data set.
 
     Raises:
-      InputError: the data set is not prepared, or damaged.
+      InputError: the data set is not prepared, cannot be read, or is damaged.
     """
     folder = Path(root) / name / VERSION
-    if not (folder / "dataset_info.json").exists():
+    if kind_of_path(folder / "dataset_info.json") is None:
         arguments = f"{name if name in PUBLISHED else f'folder --name={name}'} --source=DIR"
         if name == "shapes":
             arguments = name

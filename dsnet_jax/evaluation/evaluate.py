@@ -23,12 +23,12 @@ from dsnet_jax.evaluation import pictures, reports
 from dsnet_jax.evaluation.boundary import boundary_counts
 from dsnet_jax.evaluation.folders import picture_names
 from dsnet_jax.evaluation.inference import Segmenter
-from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol, protocol_named
+from dsnet_jax.evaluation.protocols import FIELDS, SINGLE_SCALE, Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained, open_split_of
 from dsnet_jax.ops.extent import CANVAS_MULTIPLE
 from dsnet_jax.progress import track
 from dsnet_jax.stopping import Request, Stopped
-from dsnet_jax.workdir import check_writable
+from dsnet_jax.writing import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def evaluate_run(
 ) -> None:
     """Scores the network of a run, prints a table and writes `evaluation/<split>/` in its workdir.
 
-    Other protocols than `ss` have folders of their own, `evaluation/<split>_<protocol>/`.
+    Other protocols than `ss` have folders of their own, `evaluation/<split>-<protocol>/`.
 
     Written are results.json, table.md, confusion_matrix.csv and .png, and overlays/, which loses its old pictures.
 
@@ -164,11 +164,13 @@ def evaluate_run(
       InputError: the run, its checkpoint or the split cannot be used, there is no such protocol, or the workdir cannot
         be written.
     """
-    trained = load_trained(workdir, step, config_flags)
+    trained = load_trained(
+        workdir, step, config_flags, {"batch_size", "padded_share", "overlays", *FIELDS.get(protocol, ())}
+    )
     config = trained.config
     data = open_split_of(trained, workdir, split, root)
     seen = protocol_named(protocol, config)
-    folder = epath.Path(workdir) / "evaluation" / (data.name if protocol == "ss" else f"{data.name}_{protocol}")
+    folder = epath.Path(workdir) / "evaluation" / (data.name if protocol == "ss" else f"{data.name}-{protocol}")
     otherwise = "make room or give yourself the right to write there"
     if processes.is_main_process():
         check_writable(folder, otherwise)
@@ -206,10 +208,10 @@ def evaluate_run(
 def _write_overlays(folder: epath.Path, shown: list[tuple[Example, np.ndarray]], spec: DatasetSpec) -> None:
     """In the place of those that an earlier evaluation left."""
     folder.mkdir(exist_ok=True)
+    names = [f"{name}.png" for name in picture_names([example for example, _ in shown])]
+    for name, (example, prediction) in zip(names, shown, strict=True):
+        write_picture(folder / name, pictures.comparison(example.image, example.label, prediction, spec))
     # Not by a pattern: the workdir's own name may look like one, as voc[1]. Object stores have no empty folders.
     for old in list(folder.iterdir()) if folder.exists() else []:
-        if old.suffix == ".png":
+        if old.suffix == ".png" and old.name not in names:
             old.unlink()
-    for name, (example, prediction) in zip(picture_names([example for example, _ in shown]), shown, strict=True):
-        row = pictures.comparison(example.image, example.label, prediction, spec)
-        write_picture(folder / f"{name}.png", row)

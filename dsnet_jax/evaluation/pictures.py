@@ -1,15 +1,16 @@
 """Pictures of labels and of confusions, to look at, and label files that other programs read."""
 
+import io
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dsnet_jax.data.drawing import fitted_hw, resized, sheet
+from dsnet_jax.data.drawing import fitted_hw, resized, sheet, write_png
 from dsnet_jax.data.specs import IGNORE_COLOUR, IGNORE_LABEL, DatasetSpec
+from dsnet_jax.writing import write_bytes
 
 PANEL_HW = (360, 480)  # A comparison's panels are scaled, up or down, to fit into this.
 MOST_CLASSES_WITH_FIGURES = 32  # In a picture of a confusion matrix; with more, colours alone tell.
@@ -62,8 +63,7 @@ def write_labels(path: str | os.PathLike, labels: np.ndarray, palette: Sequence[
     colours[: len(palette)] = palette
     picture = Image.fromarray(labels)
     picture.putpalette(colours.tobytes())
-    with epath.Path(path).open("wb") as file:
-        picture.save(file, "PNG")
+    write_png(path, picture)
 
 
 def write_confusion_matrix(path: str | os.PathLike, matrix: np.ndarray, spec: DatasetSpec) -> None:
@@ -76,8 +76,14 @@ def write_confusion_matrix(path: str | os.PathLike, matrix: np.ndarray, spec: Da
       matrix: integers [K, K]; rows are the truth, columns the predictions.
       spec: names the K classes.
     """
-    with epath.Path(path).open("wb") as file:
-        _draw_confusion_matrix(matrix, spec).savefig(file, format="png", bbox_inches="tight", pad_inches=0.15)
+    write_figure(path, _draw_confusion_matrix(matrix, spec))
+
+
+def write_figure(path: str | os.PathLike, figure: Figure) -> None:
+    """Writes a figure as PNG, cut to what it holds; the path may be gs://."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.15)
+    write_bytes(path, png.getvalue())
 
 
 def _draw_confusion_matrix(matrix: np.ndarray, spec: DatasetSpec) -> Figure:

@@ -21,17 +21,16 @@ from dsnet_jax.evaluation.canvases import canvas_hw
 from dsnet_jax.evaluation.inference import Segmenter
 from dsnet_jax.evaluation.passes import scaled_canvases
 from dsnet_jax.evaluation.pictures import write_labels
-from dsnet_jax.evaluation.protocols import Protocol, protocol_named
+from dsnet_jax.evaluation.protocols import FIELDS, Protocol, protocol_named
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.progress import track
-from dsnet_jax.workdir import check_writable, is_remote
+from dsnet_jax.writing import LONGEST_NAME, check_writable, is_remote
 
 # Of the canvas that an image is computed on; 4000 x 3000 fits. Of memory, in float32 on a CPU, the compiled program and
 # the pictures take 520 bytes a pixel for ResNet-50 at output stride 16 (7 GB), ResNet-101 at 8 takes 1650 (21 GB).
 LABELLED_PIXELS = 4096 * 3072
 # Of predictions at a time: two PNGs of a photograph take longer than a device takes to label it, and memory meanwhile.
 WRITERS = 4
-MAX_NAME_BYTES = 255  # Of a file, on the disks of Linux.
 
 
 def predict_files(
@@ -64,7 +63,7 @@ def predict_files(
 
     Raises:
       InputError: the run cannot be used, a folder cannot be read, there is no image, two would be written to one place,
-        or one over an image, or under a name that is too long, there is no such protocol, or `output` cannot be
+        `output` is where an image lies, a name is too long, there is no such protocol, or `output` cannot be
         written.
     """
     limit = LABELLED_PIXELS if max_pixels is None else max_pixels
@@ -73,7 +72,7 @@ def predict_files(
     names = _output_names(files, output)
     otherwise = "give another --output"
     check_writable(output, otherwise)
-    trained = load_trained(workdir, step, config_flags)
+    trained = load_trained(workdir, step, config_flags, FIELDS.get(protocol, ()))
     seen = protocol_named(protocol, trained.config)
     with writing_into(output, otherwise):
         output.mkdir(parents=True, exist_ok=True)
@@ -162,22 +161,22 @@ def _output_names(files: Sequence[Path], output: epath.Path) -> dict[Path, str]:
     """The name of each file's pictures: its own without the ending, or with it where that would be somebody else's.
 
     Raises:
-      InputError: two files have the same name, in different folders; a picture would replace one of the files; or its
-        name would be too long.
+      InputError: two files have the same name, in different folders; `output` is one of these folders, where a picture
+        could replace a file; or its name would be too long.
     """
-    given = {os.path.realpath(file) for file in files}  # `Path.resolve` raises for a link that leads to itself.
+    for file in files:  # `Path.resolve` raises for a link that leads to itself.
+        if os.path.realpath(output) in (os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))):
+            raise InputError(f"{output} is where {file} lies, and pictures could replace files: give another --output")
     times = Counter(file.stem for file in files)
     names = {file: file.stem if times[file.stem] == 1 else file.name for file in files}
     taken = {}
     for file, name in names.items():
-        if not is_remote(output) and len(os.fsencode(f"{name}_overlay.png")) > MAX_NAME_BYTES:
-            raise InputError(f"{file}: {name}_overlay.png has more than {MAX_NAME_BYTES} bytes: give it a shorter name")
+        if not is_remote(output) and len(os.fsencode(f"{name}_overlay.png")) > LONGEST_NAME:
+            raise InputError(f"{file}: {name}_overlay.png has more than {LONGEST_NAME} bytes: give it a shorter name")
         for written in (name, f"{name}_overlay"):
             if written in taken:
                 raise InputError(
                     f"{taken[written]} and {file} would both be written to {written}.png: label them apart"
                 )
-            if os.path.realpath(output / f"{written}.png") in given:
-                raise InputError(f"{output}/{written}.png is an image to be labelled: give another --output")
             taken[written] = file
     return names

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from dsnet_jax.errors import InputError
 
-NAMES = ("ss", "flip", "ms_flip", "slide")
+FIELDS = {"ss": (), "flip": (), "ms_flip": ("scales",), "slide": ("slide_crop_hw", "slide_stride_hw")}  # Read by each.
+NAMES = tuple(FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)

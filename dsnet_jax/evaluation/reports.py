@@ -20,7 +20,7 @@ from dsnet_jax.data.specs import DatasetSpec
 from dsnet_jax.evaluation.boundary import boundary_iou
 from dsnet_jax.evaluation.metrics import benchmark_figures, mean_of_present, score
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE, Protocol
-from dsnet_jax.workdir import write_text
+from dsnet_jax.writing import write_text
 
 SUMMARY = {
     "miou": "mIoU",

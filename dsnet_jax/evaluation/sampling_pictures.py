@@ -22,13 +22,14 @@ from dsnet_jax.errors import InputError, writing_into
 from dsnet_jax.evaluation.canvases import choose_canvases
 from dsnet_jax.evaluation.folders import picture_names
 from dsnet_jax.evaluation.inference import Segmenter
-from dsnet_jax.evaluation.pictures import comparisons
+from dsnet_jax.evaluation.pictures import comparisons, write_figure
 from dsnet_jax.evaluation.protocols import SINGLE_SCALE
 from dsnet_jax.evaluation.sampling_points import PointFigures, SampledPoints, border_positions, figures, sampled_points
 from dsnet_jax.evaluation.trained import Trained, check_classes, load_trained, open_split_of
 from dsnet_jax.progress import track
-from dsnet_jax.workdir import check_writable, write_text
+from dsnet_jax.writing import check_writable, write_text
 
+COMPARISON = "comparison"  # Of networks: the name of its picture.
 POSITIONS = 6  # Of an image, where none are given.
 # Bright, and apart from each other for most colour-blind people: Okabe and Ito's, lightened.
 COLOURS = ("#ffb000", "#4cc9ff", "#ff5c8a", "#2ee6a6", "#fff04d", "#c89bff", "#ff8243", "#ffffff")
@@ -85,7 +86,7 @@ def draw_sampling_points(
 
     with writing_into(folder, otherwise):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, example in zip(picture_names(shown), shown, strict=True):
+        for name, example in zip(picture_names(shown, taken=[COMPARISON]), shown, strict=True):
             shown_labels = labels[example.index] if example.label is None else example.label
             margin = 2 * max(points[example.index].pixels_per_cell)
             places = positions or border_positions(shown_labels, POSITIONS, margin)
@@ -98,7 +99,7 @@ def draw_sampling_points(
             row[f"baseline: {other.config.model.name}"] = theirs[example.index]
             rows.append((example.image, row | {config.model.name: labels[example.index]}))
         with writing_into(folder, otherwise):
-            write_picture(folder / "comparison.png", comparisons(rows, data.spec))
+            write_picture(folder / f"{COMPARISON}.png", comparisons(rows, data.spec))
     print(f"drawn into {folder}: {', '.join(example.id for example in shown) or 'nothing'}", flush=True)
 
     examples = evaluation_examples(data, config.data.image_scale, read_threads=config.data.read_threads)
@@ -181,9 +182,7 @@ def write_points_picture(
       positions: pixels (y, x).
       labels: whose borders are drawn over the lengths, uint8 [H, W].
     """
-    with epath.Path(path).open("wb") as file:
-        figure = _draw_points(example, points, positions, labels)
-        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.15)
+    write_figure(path, _draw_points(example, points, positions, labels))
 
 
 def _draw_points(

@@ -9,7 +9,7 @@ from etils import epath
 from dsnet_jax import parallel
 from dsnet_jax.data.pipeline import Example, evaluation_examples
 from dsnet_jax.evaluation.inference import Segmenter
-from dsnet_jax.evaluation.protocols import protocol_named
+from dsnet_jax.evaluation.protocols import FIELDS, protocol_named
 from dsnet_jax.evaluation.submissions import write_submission
 from dsnet_jax.evaluation.trained import load_trained, open_split_of
 from dsnet_jax.progress import track
@@ -41,7 +41,7 @@ def predict_submission(
       InputError: the run or the split cannot be used, its data set has no format for submissions, there is no such
         protocol, or the archive cannot be written.
     """
-    trained = load_trained(workdir, step, config_flags)
+    trained = load_trained(workdir, step, config_flags, {"batch_size", "padded_share", *FIELDS.get(protocol, ())})
     config = trained.config
     data = open_split_of(trained, workdir, split, root)
     seen = protocol_named(protocol, config)

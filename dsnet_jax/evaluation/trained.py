@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -39,20 +39,26 @@ class Trained:
     step: int
 
 
-def load_trained(workdir: epath.PathLike, step: int | str | None = None, config_flags: Sequence[str] = ()) -> Trained:
+def load_trained(
+    workdir: epath.PathLike,
+    step: int | str | None = None,
+    config_flags: Sequence[str] = (),
+    fields: Collection[str] = (),
+) -> Trained:
     """Reads the weights of a run.
 
     Args:
       workdir: of the run.
       step: of the checkpoint; "best": the one with the highest mIoU among those kept; None: the last.
       config_flags: fields of config.evaluation in place of the run's, as "--config.evaluation.scales=0.5,1.0".
+      fields: those that the caller reads; a flag for another is refused.
 
     Raises:
       InputError: there is no such run or checkpoint, or a flag is wrong.
     """
     config, spec = open_workdir(workdir)
     if config_flags:
-        config = _with_flags(config, config_flags)
+        config = _with_flags(config, config_flags, fields)
     model = build_model(config.model, spec.num_classes)
     checkpoints = Checkpoints(workdir, read_only=True)
     if step == "best":
@@ -69,12 +75,18 @@ def load_trained(workdir: epath.PathLike, step: int | str | None = None, config_
     return Trained(config, spec, model, trees[tree], step)
 
 
-def _with_flags(config: ConfigDict, config_flags: Sequence[str]) -> ConfigDict:
+def _with_flags(config: ConfigDict, config_flags: Sequence[str], fields: Collection[str]) -> ConfigDict:
     for flag in config_flags:
         name, _, text = flag.removeprefix("--config.evaluation.").partition("=")
         if name not in config.evaluation:
             raise InputError(
                 f"{flag!r}: config.evaluation has the fields {', '.join(sorted(config.evaluation))}", exit_code=2
+            )
+        if name not in fields:
+            read = f"only {', '.join(sorted(fields))}" if fields else "none"
+            raise InputError(
+                f"{flag!r}: is not read here, of config.evaluation {read}: leave it out, or give another --protocol",
+                exit_code=2,
             )
         try:
             config.evaluation[name] = ast.literal_eval(text)

@@ -16,7 +16,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from dsnet_jax.errors import writing_into
 from dsnet_jax.progress import duration
-from dsnet_jax.workdir import is_remote, write_text
+from dsnet_jax.writing import is_remote, write_text
 
 MAKE_ROOM = "make room, then the same command goes on"
 TIMES = ("images_per_second", "seconds_per_step", "data_wait")  # Figures that differ from one time to the next.

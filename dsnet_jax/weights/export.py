@@ -16,7 +16,7 @@ from dsnet_jax.weights.onnx import to_onnx
 from dsnet_jax.weights.program import label_program
 from dsnet_jax.weights.safetensors import backbone_to_safetensors, to_safetensors
 from dsnet_jax.weights.stablehlo import to_stablehlo
-from dsnet_jax.workdir import check_writable, is_remote, write_bytes
+from dsnet_jax.writing import check_writable, is_remote, write_bytes
 
 ANOTHER = "give another --output"
 

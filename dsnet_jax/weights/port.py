@@ -17,12 +17,13 @@ from ml_collections import ConfigDict
 from dsnet_jax.checkpoints import Checkpoints
 from dsnet_jax.config import default_config
 from dsnet_jax.data.specs import VOC2012
-from dsnet_jax.errors import InputError, listed
+from dsnet_jax.errors import InputError, listed, writing_into
 from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.models.resnet import RESNETS
 from dsnet_jax.weights.torch_files import read_arrays, sha256_of
 from dsnet_jax.weights.torchvision import RELEASES, SAVED_AGAIN, Conversion, Layout, convert, is_left_out, recognise
-from dsnet_jax.workdir import LOCK, claim_workdir, locked_workdir, write_text
+from dsnet_jax.workdir import LOCK, claim_workdir, locked_workdir
+from dsnet_jax.writing import write_text
 
 PORT = "port.json"  # Where the weights of a folder come from.
 
@@ -178,8 +179,9 @@ def _read_port(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def _refuse_what_is_there(folder: epath.Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
-        raise InputError(f"{folder} {'holds something' if folder.is_dir() else 'is a file'}: give a new --workdir")
+    with writing_into(folder, "give another --workdir"):
+        if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+            raise InputError(f"{folder} {'holds something' if folder.is_dir() else 'is a file'}: give a new --workdir")
 
 
 @contextlib.contextmanager

@@ -323,6 +323,11 @@ def test_a_data_set_that_is_not_prepared_is_an_error_that_tells_how_to_prepare_i
     assert str(error.value).startswith(f"{tmp_path}: data set '{name}' is not prepared")
 
 
+def test_a_data_set_in_a_folder_of_an_impossible_name_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"json: cannot be read: File name too long$"):
+        open_split(str(tmp_path / ("x" * 300)), "town", "train")
+
+
 def test_a_prepared_data_set_is_an_ordinary_tfds_data_set(source, tmp_path):
     prepared(source, tmp_path)
     builder = tfds.builder_from_directory(tmp_path / "town" / "1.0.0")

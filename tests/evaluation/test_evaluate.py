@@ -123,18 +123,19 @@ def test_an_evaluation_compiles_a_program_for_each_canvas_and_nothing_else(val, 
 
 @pytest.mark.usefixtures("one_device")
 def test_protocols_have_results_and_folders_of_their_own(random_run, capsys):
-    for protocol, folder in (("ss", "val"), ("slide", "val_slide")):
-        evaluate_run(random_run, protocol=protocol, config_flags=["--config.evaluation.slide_crop_hw=(32, 32)"])
+    for protocol, folder in (("ss", "val"), ("slide", "val-slide")):
+        windows = ["--config.evaluation.slide_crop_hw=(32, 32)"]
+        evaluate_run(random_run, protocol=protocol, config_flags=windows if protocol == "slide" else [])
         folder = random_run / "evaluation" / folder
         results = json.loads((folder / "results.json").read_text())
         assert (results["protocol"], results["images"], results["programs"]) == (protocol, 11, 2)
-        assert results["config"]["evaluation"]["slide_crop_hw"] == [32, 32]
+        assert results["config"]["evaluation"]["slide_crop_hw"] == ([32, 32] if protocol == "slide" else [])
         assert results["padded_share"] > 1 and f"({protocol})" in (folder / "table.md").read_text()
         assert "on 2 canvases" in capsys.readouterr().out
     evaluate_run(random_run, protocol="flip", config_flags=["--config.evaluation.padded_share=9.0"])
-    results = json.loads((random_run / "evaluation" / "val_flip" / "results.json").read_text())
+    results = json.loads((random_run / "evaluation" / "val-flip" / "results.json").read_text())
     assert results["programs"] == 1 and results["padded_share"] > 1.2
-    counts = [(random_run / "evaluation" / name / "confusion_matrix.csv").read_text() for name in ("val", "val_slide")]
+    counts = [(random_run / "evaluation" / name / "confusion_matrix.csv").read_text() for name in ("val", "val-slide")]
     assert counts[0] != counts[1]
 
 

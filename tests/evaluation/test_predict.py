@@ -194,7 +194,7 @@ def test_names_that_are_too_long_are_told_in_one_line_before_anything_is_written
     file = tmp_path / f"{'x' * (250 if there else 300)}.png"
     if there:
         write_image(file, 8, 8)
-    with pytest.raises(InputError, match=r"x_overlay\.png has more than 255 bytes: give it a shorter name$"):
+    with pytest.raises(InputError, match=r"x_overlay\.png has more than 250 bytes: give it a shorter name$"):
         predict_files(random_run, None, [str(file)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -323,9 +323,22 @@ def test_two_pictures_for_one_place_are_refused_before_anything_is_written(rando
 def test_an_image_is_never_replaced_by_its_own_labels(random_run, tmp_path, inputs):
     (tmp_path / "photos").mkdir()
     before = write_image(tmp_path / "photos" / "a.png", 8, 8).read_bytes()
-    with pytest.raises(InputError, match="is an image to be labelled: give another --output"):
+    with pytest.raises(InputError, match=r"photos is where .*a\.png lies, and pictures could replace files: "):
         predict_files(random_run, None, [str(tmp_path / inputs)], tmp_path / "other" / ".." / "photos")
     assert (tmp_path / "photos" / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("folder", ["photos", "links"])
+def test_nor_by_those_of_an_image_beside_it(random_run, tmp_path, folder):
+    for name in ("photos", "links"):
+        (tmp_path / name).mkdir()
+    write_image(tmp_path / "photos" / "a.jpg", 8, 8)
+    mask = write_image(tmp_path / "photos" / "a.png", 8, 8)
+    before = mask.read_bytes()
+    (tmp_path / "links" / "a.jpg").symlink_to(tmp_path / "photos" / "a.jpg")
+    with pytest.raises(InputError, match=r"photos is where .*a\.jpg lies"):
+        predict_files(random_run, None, [str(tmp_path / folder / "a.jpg")], tmp_path / "photos")
+    assert mask.read_bytes() == before
 
 
 def test_an_empty_folder_is_refused(random_run, tmp_path):

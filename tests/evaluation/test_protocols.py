@@ -76,8 +76,9 @@ def test_the_command_line_sets_fields_of_the_evaluation_and_no_others(monkeypatc
 
 def test_a_field_with_spaces_is_not_taken_for_an_image(capsys):
     field = "--config.evaluation.scales=(0.5, 1.0)"
-    assert cli.main(["predict", "--workdir=x", "--output=y", field, "image.png"]) == 2
-    assert f"'{field}': leave out the spaces" in capsys.readouterr().err
+    for given in (["--output=y", field, "image.png"], ["--split=test", "--submission=s.tgz", field]):
+        assert cli.main(["predict", "--workdir=x", *given]) == 2
+        assert f"'{field}': leave out the spaces" in capsys.readouterr().err
 
 
 def test_scaled_sizes_are_rounded_as_training_rounds_them():

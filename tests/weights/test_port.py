@@ -1,6 +1,7 @@
 """`dsnet port`: the folder that it makes, and runs that start from it."""
 
 import json
+import sys
 import tarfile
 from functools import partial
 
@@ -16,7 +17,7 @@ from dsnet_jax.errors import InputError
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.experiment import build_model, initial_variables
 from dsnet_jax.models.resnet import RESNETS, BasicBlock, ResNet
-from dsnet_jax.training.init_from import in_short, init_from
+from dsnet_jax.training.init_from import check_there, in_short, init_from
 from dsnet_jax.training.loop import train
 from dsnet_jax.weights import port as port_module
 
@@ -111,6 +112,14 @@ def test_a_folder_that_holds_something_is_left_alone(file, ported, capsys):
 def test_a_file_in_the_place_of_the_folder_is_told(file, capsys):
     assert cli.main(["port", str(file), f"--workdir={file}"]) == 1
     assert capsys.readouterr().err == f"dsnet: {file} is a file: give a new --workdir\n"
+
+
+def test_storage_whose_package_is_missing_is_told(file, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # An import raises.
+    assert cli.main(["port", str(file), "--workdir=gs://bucket/w"]) == 1
+    assert capsys.readouterr().err.startswith("dsnet: gs://bucket/w cannot be reached (")
+    with pytest.raises(InputError, match=r"^gs://bucket/w cannot be reached .* or give another config\.init_from$"):
+        check_there("gs://bucket/w")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
