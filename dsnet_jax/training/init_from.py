@@ -10,7 +10,7 @@ from etils import epath
 from dsnet_jax import parallel
 from dsnet_jax.checkpoints import leaf_name, named_leaves
 from dsnet_jax.data.specs import DatasetSpec
-from dsnet_jax.errors import InputError
+from dsnet_jax.errors import InputError, reaching
 from dsnet_jax.evaluation.trained import load_trained
 from dsnet_jax.weights.port import is_ported_backbone, load_backbone
 from dsnet_jax.weights.safetensors import read_safetensors
@@ -83,7 +83,9 @@ def _of_backbone(name: str) -> bool:
 
 def check_there(workdir: str) -> None:
     """Raises InputError, which says what to do, where there is nothing to start from."""
-    if not epath.Path(workdir).exists():
+    with reaching(workdir, "give another config.init_from"):
+        there = epath.Path(workdir).exists()
+    if not there:
         raise InputError(
             f"config.init_from: {workdir} is not there: make it with `dsnet port` (docs/porting.md) or `dsnet train`, "
             "or give --config.init_from= for weights drawn from the seed"
