@@ -1,13 +1,16 @@
 """Pictures of labels: exact where programs read them, legible where people do."""
 
+import errno
 import itertools
 
 import numpy as np
 import pytest
+from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from dsnet_jax.data.decoding import decode_mask
+from dsnet_jax.data.drawing import write_picture
 from dsnet_jax.data.specs import CAMVID, IGNORE_COLOUR, SHAPES, VOC2012, DatasetSpec, voc_palette
 from dsnet_jax.evaluation.pictures import (
     _draw_confusion_matrix,
@@ -115,3 +118,30 @@ def test_a_class_name_is_not_taken_for_a_formula(tmp_path):
     spec = DatasetSpec("odd", ("$x^{$", "a_b"), voc_palette(2))
     write_confusion_matrix(tmp_path / "matrix.png", np.eye(2, dtype=np.int64), spec)
     assert (tmp_path / "matrix.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: write_labels(file, np.zeros((8, 8), np.uint8), VOC2012.palette),
+        lambda file: write_picture(file, np.zeros((8, 8, 3), np.uint8)),
+        lambda file: write_confusion_matrix(file, np.eye(CAMVID.num_classes, dtype=int), CAMVID),
+    ],
+    ids=["labels", "picture", "confusion matrix"],
+)
+def test_a_picture_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, monkeypatch, write):
+    (tmp_path / "a.png").write_bytes(b"the old one")
+
+    def full(path, data):
+        with path.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
+        write(tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"the old one"
+    write(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG"
