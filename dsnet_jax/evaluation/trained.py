@@ -83,9 +83,9 @@ def _with_flags(config: ConfigDict, config_flags: Sequence[str], fields: Collect
                 f"{flag!r}: config.evaluation has the fields {', '.join(sorted(config.evaluation))}", exit_code=2
             )
         if name not in fields:
-            read = f"only {', '.join(sorted(fields))}" if fields else "none"
+            read = f"only {', '.join(sorted(fields))}" if fields else "nothing"
             raise InputError(
-                f"{flag!r}: is not read here, of config.evaluation {read}: leave it out, or give another --protocol",
+                f"{flag!r} is not read here, {read} of config.evaluation is: leave it out, or give another --protocol",
                 exit_code=2,
             )
         try:

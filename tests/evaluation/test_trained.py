@@ -53,7 +53,7 @@ def test_values_are_checked_wherever_they_come_from(random_run):
         (evaluate_run, "ss", "scales=0.5,1.0", "only batch_size, overlays, padded_share"),
         (evaluate_run, "slide", "scales=0.5,1.0", "only batch_size, overlays, padded_share, slide_crop_hw, slide_stri"),
         (evaluate_run, "ms_flip", "slide_crop_hw=(64,64)", "only batch_size, overlays, padded_share, scales"),
-        (predict_files, "flip", "batch_size=2", "none"),
+        (predict_files, "flip", "batch_size=2", "nothing of config.evaluation"),
         (predict_files, "ms_flip", "overlays=2", "only scales"),
         (predict_submission, "ss", "overlays=2", "only batch_size, padded_share"),
     ],
@@ -66,5 +66,5 @@ def test_a_field_that_would_not_be_read_is_refused(random_run, tmp_path, use, pr
     }
     with pytest.raises(InputError) as raised:
         use(random_run, **arguments[use], protocol=protocol, config_flags=[f"{FLAG}{field}"])
-    assert str(raised.value).startswith(f"'{FLAG}{field}': is not read here, of config.evaluation {read}")
+    assert str(raised.value).startswith(f"'{FLAG}{field}' is not read here, {read}")
     assert str(raised.value).endswith("leave it out, or give another --protocol")
