@@ -39,6 +39,7 @@ _HEADERS = {
     b"BM": BmpImagePlugin.BmpImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,
 }
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # What its readers raise.
 _ORIENTATION_TAG = 0x0112
 _PNG_KINDS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 # What libspng decodes to the same pixels as OpenCV, in two thirds of its time: bits, kind and what is asked for.
@@ -106,7 +107,7 @@ def decode_mask(
         return _labels_by_colour(_decode(data, cv2.IMREAD_COLOR_RGB, name), labels_of_colours, name)
     if kind == "palette":
         _decode(data, cv2.IMREAD_COLOR_RGB, name)  # Notices missing rows; Pillow takes them for zeros.
-        indices = np.array(_open_header(data, name))
+        indices = read_indices(data, name)
         if labels_of_colours is not None:
             _check_palette(indices, read_palette(data, name), labels_of_colours, name)
         return indices
@@ -138,6 +139,19 @@ def read_palette(data: bytes, name: str) -> np.ndarray | None:
         return np.frombuffer(header.palette.getdata()[1], np.uint8).reshape(-1, 3)
 
 
+def read_indices(data: bytes, name: str) -> np.ndarray:
+    """The values of a grey or palette file as they are stored, uint8 [H, W]; rows that are missing are zeros.
+
+    Raises:
+      InputError: as `read_size_hw`, or what stands behind the pixels is damaged.
+    """
+    with _open_header(data, name) as header:
+        try:
+            return np.array(header)
+        except _PILLOW_ERRORS as error:
+            raise InputError(f"{name}: damaged, it cannot be read ({error}): replace it") from error
+
+
 def is_rotated(data: bytes, name: str) -> bool:
     """Whether EXIF asks for a rotation or reflection, which `decode_image` does not apply."""
     with _open_header(data, name) as header:
@@ -162,7 +176,7 @@ def _open_header(data: bytes | os.PathLike, name: str) -> Image.Image:
         raise InputError(f"{name}: {found}: replace or remove it")
     try:
         return reader(source)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # What Pillow's readers raise.
+    except _PILLOW_ERRORS as error:
         raise InputError(f"{name}: damaged, its header cannot be read ({error}): replace it") from error
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dsnet_jax.data.archives import open_source
-from dsnet_jax.data.decoding import decode_image, read_size_hw
+from dsnet_jax.data.decoding import decode_image, read_indices, read_size_hw
 from dsnet_jax.data.records import Split
 from dsnet_jax.data.specs import IGNORE_LABEL, Colour, voc_palette
 from dsnet_jax.data.validation import LISTED
@@ -276,7 +276,7 @@ def _check_file(
             wanted = [channel for colour in form.palette[:num_classes] for channel in colour]
             if picture.getpalette()[: len(wanted)] != wanted:
                 problems.add("files with another palette than VOC's", name)
-        ids = np.flatnonzero(np.bincount(np.array(picture).ravel())).tolist()
+        ids = np.flatnonzero(np.bincount(read_indices(data, name).ravel())).tolist()
     last_id = form.first_id + num_classes - 1
     if ids[-1] == IGNORE_LABEL:
         problems.add("files with pixels of 255 (ignored), where a class is wanted", name)

@@ -32,15 +32,19 @@ def palette_image(indices, colours):
     return image
 
 
-def raw_png(height, width, bits, kind, rows=b"", palette=b""):
-    """A PNG file with just this header, whose pixels are `rows`."""
+def raw_png(height, width, bits, kind, rows=b"", palette=b"", behind=()):
+    """A PNG file with just this header, whose pixels are `rows`, and behind them chunks: names and contents."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     before_pixels = chunk(b"IHDR", header) + (chunk(b"PLTE", palette) if palette else b"")
-    return b"\x89PNG\r\n\x1a\n" + before_pixels + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + before_pixels
+        + b"".join(chunk(*one) for one in [(b"IDAT", zlib.compress(rows)), *behind, (b"IEND", b"")])
+    )
 
 
 IMAGE = smooth_image()
@@ -53,6 +57,21 @@ FILES = {
     "webp": encode(IMAGE, "WEBP", lossless=True),
     "lossy webp": encode(IMAGE, "WEBP", quality=95),
 }
+
+
+BEHIND_THE_PIXELS = {
+    "a text that inflates": (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))),
+    "an unknown compression": (b"zTXt", b"a\0\1" + zlib.compress(b"")),
+    "half a gamma": (b"gAMA", b"\0"),
+}
+
+
+@pytest.mark.parametrize("chunk", BEHIND_THE_PIXELS.values(), ids=BEHIND_THE_PIXELS)
+def test_damage_behind_the_pixels_of_a_palette_mask_is_told(chunk):
+    good = raw_png(1, 2, 8, 3, rows=b"\0\1\0", palette=bytes(6))
+    np.testing.assert_array_equal(decode_mask(good, "a.png"), [[1, 0]])
+    with pytest.raises(InputError, match=r"^a\.png: damaged, .*: replace it$"):
+        decode_mask(raw_png(1, 2, 8, 3, rows=b"\0\1\0", palette=bytes(6), behind=[chunk]), "a.png")
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "webp"])
