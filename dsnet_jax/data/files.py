@@ -84,10 +84,13 @@ class FolderSource:
     def folders(self, parent: str) -> list[str]:
         """Names of the folders in `parent`, hidden ones aside, sorted; none if there is no such folder.
 
-        Raises InputError if it cannot be read.
+        Raises InputError if it cannot be read, or a name cannot be printed.
         """
         names = [name for name in names_in(parent) if not name.startswith(".")]
-        return sorted(name for name in names if kind_of_path(f"{parent}/{name}") == "folder")
+        folders = sorted(name for name in names if kind_of_path(f"{parent}/{name}") == "folder")
+        for name in folders:
+            check_printable(parent, name)
+        return folders
 
     def files(self, folder: str) -> list[str]:
         """Paths of all files below `folder`, in linked folders too, sorted; none if there is no such folder.

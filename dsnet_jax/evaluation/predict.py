@@ -13,7 +13,7 @@ from etils import epath
 from dsnet_jax import parallel
 from dsnet_jax.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, decode_image, is_rotated, read_size_hw
 from dsnet_jax.data.drawing import overlay, write_picture
-from dsnet_jax.data.files import read_file
+from dsnet_jax.data.files import check_printable, read_file
 from dsnet_jax.data.pipeline import Example, example_of
 from dsnet_jax.data.transforms import scaled_size_hw
 from dsnet_jax.errors import InputError, writing_into
@@ -63,8 +63,8 @@ def predict_files(
 
     Raises:
       InputError: the run cannot be used, a folder cannot be read, there is no image, two would be written to one place,
-        `output` is where an image lies, a name is too long, there is no such protocol, or `output` cannot be
-        written.
+        `output` is where an image lies, a name is too long or no plain text, there is no such protocol, or `output`
+        cannot be written.
     """
     limit = LABELLED_PIXELS if max_pixels is None else max_pixels
     files, others, folders = _image_files(inputs)
@@ -134,7 +134,8 @@ def _decoded(data: bytes, file: Path, image_scale: float, protocol: Protocol, ma
 def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int, int]:
     """The images among the inputs, each once; how many files of the folders are none; how many folders are in those.
 
-    What only looks like an image, as a link that leads nowhere, is among them: it is told when it is read.
+    What only looks like an image, as a link that leads nowhere, is among them: it is told when it is read. A name that
+    a terminal would not only print is an InputError.
     """
     files, others, folders = [], 0, 0
     for given in map(Path, inputs):
@@ -152,6 +153,8 @@ def _image_files(inputs: Sequence[str]) -> tuple[list[Path], int, int]:
             files += images
         else:
             files.append(given)
+    for file in files:
+        check_printable(file.parent, file.name)
     if not files:
         raise InputError(f"{', '.join(inputs)}: no image found ({', '.join(sorted(IMAGE_EXTENSIONS))})")
     return list(dict.fromkeys(files)), others, folders

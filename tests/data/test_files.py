@@ -105,6 +105,10 @@ def test_names_that_are_not_utf_8_or_have_control_characters_are_refused(tmp_pat
         with pytest.raises(InputError, match="is not UTF-8, or has control characters: rename it"):
             FolderSource(tmp_path).files(str(tmp_path))
         os.unlink(path)
+        os.mkdir(path)
+        with pytest.raises(InputError, match="is not UTF-8, or has control characters: rename it"):
+            FolderSource(tmp_path).folders(str(tmp_path))
+        os.rmdir(path)
 
 
 def test_a_file_that_is_too_large_or_no_file_is_not_read(tmp_path, monkeypatch):

@@ -189,6 +189,17 @@ def test_a_folder_that_cannot_be_read_is_told_in_one_line(random_run, tmp_path, 
         predict_files(random_run, None, [str(tmp_path / "photos")], tmp_path / "out")
 
 
+@pytest.mark.parametrize("inputs", ["photos", "photos/x\033[31mA.png"])
+def test_a_name_that_controls_a_terminal_is_refused_and_shown_escaped(random_run, tmp_path, inputs):
+    (tmp_path / "photos").mkdir()
+    write_image(tmp_path / "photos" / "x\033[31mA.png", 8, 8)
+    with pytest.raises(
+        InputError, match=r"photos: 'x\\x1b\[31mA\.png' is not UTF-8, or has control characters: ren"
+    ) as raised:
+        predict_files(random_run, None, [str(tmp_path / inputs)], tmp_path / "out")
+    assert str(raised.value).isprintable()
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_names_that_are_too_long_are_told_in_one_line_before_anything_is_written(random_run, tmp_path, there):
     file = tmp_path / f"{'x' * (250 if there else 300)}.png"
