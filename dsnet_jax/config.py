@@ -278,7 +278,7 @@ def from_json(text: str, file: str) -> ConfigDict:
     config = default_config()
     try:
         config.update(_with_tuples(json.loads(text)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{file}: {_one_line(error)}") from error
     try:
         check_values(config)

@@ -118,7 +118,7 @@ def _read_spec(workdir: epath.Path) -> DatasetSpec:
         raise InputError(f"{file} is missing, which names the classes: copy it from where the run was made")
     try:
         return DatasetSpec.from_json(json.loads(_read(file)))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{file}: damaged ({error!r:.100}): copy it from where the run was made") from error
 
 

@@ -158,6 +158,11 @@ def test_what_a_workdir_remembers_but_cannot_be_read_is_an_error_in_one_line(tmp
     text = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(b"\xff\xfe")
     refused(rf"{name}: damaged \('utf-8' codec .*\): copy it from where the run was made")
+    (tmp_path / name).write_text("[" * 100_000)
+    refused(rf"{name}: .*recursion")
+    if name == "dataset.json":
+        (tmp_path / name).write_text(json.dumps({**json.loads(text), "class_names": [1, 2]}))
+        refused(rf"{name}: damaged")
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
     refused(rf"{name}: cannot be read \(Is a directory\): give yourself the right to, or give another --workdir")

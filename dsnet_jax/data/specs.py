@@ -225,11 +225,10 @@ def _parse_json(text: str) -> tuple[tuple[str, ...], tuple[Colour, ...], list[in
     names = content["class_names"]
     if strange := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"class_names has {json.dumps(strange[0]):.50}, which is no string: write names in quotes")
-    try:
-        palette = map(tuple, content.get("palette", ()))
-        return tuple(names), tuple(palette), [_value_or_colour(value) for value in content.get("ignore", ())]
-    except TypeError as error:
-        raise ValueError('wants lists: "palette": [[128, 64, 128], ...], "ignore": [254, "#e0e0c0"]') from error
+    palette, ignored = content.get("palette", []), content.get("ignore", [])
+    if not all(isinstance(value, list) for value in [palette, ignored, *palette]):
+        raise ValueError('wants lists: "palette": [[128, 64, 128], ...], "ignore": [254, "#e0e0c0"]')
+    return tuple(names), tuple(map(tuple, palette)), [_value_or_colour(value) for value in ignored]
 
 
 def _value_or_colour(value: int | str) -> int | Colour:

@@ -190,6 +190,8 @@ def test_a_class_list_that_contradicts_itself_is_refused_with_its_name(text, mes
         ('{"class_names": ["a"], "palette": [[128.0, 0, 0]]}', "is not a colour: three integers"),
         ('{"class_names": ["a"], "palette": [[[1], 0, 0]]}', "is not a colour"),
         ('{"class_names": ["a"], "ignore": 7}', "wants lists"),
+        ('{"class_names": ["a"], "ignore": "254"}', "wants lists"),
+        ('{"class_names": ["a"], "palette": ["red"]}', "wants lists"),
         ('{"class_names": ["a"], "ignore": [[1, 2, 3]]}', "neither a value nor a colour"),
         ('{"class_names": ["a"], "ignore": [2.5]}', "neither a value nor a colour"),
     ],
