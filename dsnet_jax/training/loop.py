@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       InputError: the data set, the config, the workdir or its checkpoints cannot be used; the memory does not suffice;
         or too many steps in a row were not finite.
-      Stopped: the process was sent SIGTERM or SIGINT. The state is saved.
+      Stopped: a process of the run was sent SIGTERM, SIGINT or SIGHUP. The state is saved.
     """
     mesh = parallel.global_mesh()
     split, held_out = _open_splits(config)

@@ -91,8 +91,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), to be jitted with the batch sharded over the devices.
 
-    The batch holds `image`, uint8 [B, H, W, 3], `label`, uint8 [B, H, W], and `stop_requested`, int32 [devices], 1
-    where a process was told to stop.
+    The batch holds `image`, uint8 [B, H, W, 3], `label`, uint8 [B, H, W], and `stop_requested`, int32 [devices], the
+    number of the signal by which a process was told to stop, 0 where none was.
 
     A step is skipped if its loss, a gradient or anything of the state after it is not finite: everything keeps its
     value, bit for bit, but `step` and the two counts of skipped steps. So the next one has other images, and the
