@@ -4,8 +4,9 @@ import os
 from collections.abc import Container, Sequence
 
 from dsnet_jax.data.pipeline import Example
+from dsnet_jax.writing import LONGEST_NAME
 
-LONGEST = 200  # Bytes of an id in the name of a file, of 255 that Linux has: room for an ending and for telling apart.
+LONGEST_ID = LONGEST_NAME - 50  # Bytes in the name of a file: room for an ending, and for telling names apart.
 
 
 def picture_names(examples: Sequence[Example], taken: Container[str] = ()) -> list[str]:
@@ -15,7 +16,7 @@ def picture_names(examples: Sequence[Example], taken: Container[str] = ()) -> li
     """
     names = []
     for example in examples:
-        name = os.fsencode(example.id.replace("/", "_"))[-LONGEST:].decode(errors="ignore")
+        name = os.fsencode(example.id.replace("/", "_"))[-LONGEST_ID:].decode(errors="ignore")
         while name in names or name in taken:
             name += "_"
         names.append(name)

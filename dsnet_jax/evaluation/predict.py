@@ -167,8 +167,9 @@ def _output_names(files: Sequence[Path], output: epath.Path) -> dict[Path, str]:
       InputError: two files have the same name, in different folders; `output` is one of these folders, where a picture
         could replace a file; or its name would be too long.
     """
-    for file in files:  # `Path.resolve` raises for a link that leads to itself.
-        if os.path.realpath(output) in (os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))):
+    place = os.path.realpath(output)  # `Path.resolve` raises for a link that leads to itself.
+    for file in files:
+        if place in (os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))):
             raise InputError(f"{output} is where {file} lies, and pictures could replace files: give another --output")
     times = Counter(file.stem for file in files)
     names = {file: file.stem if times[file.stem] == 1 else file.name for file in files}
