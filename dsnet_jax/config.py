@@ -89,9 +89,9 @@ def default_config() -> ConfigDict:
     training.epochs = 80  # Each of as many steps as the training split fills whole batches.
     training.accumulation_steps = 1  # Parts in which a batch goes through the network, one after another; the gradient
     #                                  is that of the whole batch, batch norm's statistics are those of each part.
-    training.remat = "none"  # What the gradient computes anew rather than keep. none: what costs nothing; stem: the
-    #                          stem, which is cheap; blocks: also what is inside of the backbone's blocks
-    #                          (docs/planning.md).
+    training.remat = "none"  # What the gradient computes anew rather than keep. none: normalisation and ReLU of its
+    #                          first parts; stem: the stem, which is cheap; blocks: also what is inside of the
+    #                          backbone's blocks (docs/planning.md).
     training.ema_decay = 0.0  # Of an exponential moving average of the weights, per step, which is then what is
     #                           evaluated; 0: none.
     training.max_skipped_in_a_row = 5  # Steps that are not finite are skipped; after so many in a row the run stops.
